@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# Short names for the few commands; what they do is in tools/ and in the package.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-head lint benchmark wheel clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s  %s\n", $$1, $$2 }'
+
+setup:  ## make .venv with torch, Detectron2 and this package (PYTHON=python3.12 chooses one)
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --dev
+
+run: setup  ## train FCOS on 48 real images, evaluate, and draw what it finds
+	$(RUN) -m d2_decouple.quickstart
+
+test: setup  ## the whole test suite
+	$(RUN) -m pytest tests
+
+test-head: setup  ## the suite with another Detectron2: DETECTRON2=DIR, a checkout
+	@test -f "$(DETECTRON2)/detectron2/__init__.py" || { \
+	  echo "There is no Detectron2 in '$(DETECTRON2)'. Type: make test-head DETECTRON2=DIR, where DIR" \
+	    "is a checkout of Detectron2, with the file DIR/detectron2/__init__.py" >&2; exit 2; }
+	PYTHONPATH="$(abspath $(DETECTRON2))" $(RUN) -c \
+	  "import detectron2; print('Detectron2', detectron2.__version__, 'in', detectron2.__path__[0])"
+	PYTHONPATH="$(abspath $(DETECTRON2))" $(RUN) -m pytest tests
+
+lint: setup  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+benchmark: setup  ## measure this code and its references side by side
+	$(RUN) tools/benchmark.py
+
+wheel: setup  ## build a wheel into dist/
+	$(RUN) -m build --wheel --no-isolation --outdir dist
+
+clean:  ## delete what was built; .venv, output/ and datasets/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO schedules for 16 images a batch: 1x is 90,000 iterations, the rate drops at 2/3 and 8/9."""
+
+from detectron2.config import LazyCall as L
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+
+def multiplier(epochs_x: int, warmup_iters: int, warmup_factor: float):
+    """The learning rate's factor over a training of ``epochs_x`` times 90,000 iterations."""
+    max_iter = epochs_x * 90000
+    return L(WarmupParamScheduler)(
+        scheduler=L(MultiStepParamScheduler)(
+            values=[1.0, 0.1, 0.01],
+            milestones=[max_iter * 2 // 3, max_iter * 8 // 9, max_iter],
+        ),
+        warmup_length=warmup_iters / max_iter,
+        warmup_method="linear",
+        warmup_factor=warmup_factor,
+    )
+
+
+lr_multiplier_1x = multiplier(1, 500, 0.001)
+lr_multiplier_2x = multiplier(2, 500, 0.001)

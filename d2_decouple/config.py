@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding, loading and overriding recipes, and the door for Detectron2's yacs configs.
+
+A recipe is a Detectron2 LazyConfig file below ``configs/`` or ``projects/*/configs/``. It is
+found by its bare name from a checkout, an editable install and a wheel alike.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "ConfigError",
+    "add_decouple_config",
+    "apply_overrides",
+    "config_names",
+    "configs_root",
+    "door_model",
+    "find_config",
+    "get_config",
+    "instantiate_parts",
+    "nearest",
+]
+
+
+class ConfigError(ValueError):
+    """A recipe, key or value that does not exist; the message says what to type instead."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause that names the known names closest to ``name``, for error messages."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(match) for match in close) + "?"
+    return "known are: " + (", ".join(names) or "none")
+
+
+def configs_root() -> Path:
+    """The folder that holds ``common/`` and ``baselines/``.
+
+    It lies in the package when that was installed from a wheel, beside it in a checkout.
+    """
+    return _data_root() / "configs"
+
+
+def _data_root() -> Path:
+    package = Path(__file__).resolve().parent
+    for root in (package, package.parent):
+        if (root / "configs" / "common").is_dir():
+            return root
+    raise ConfigError(
+        f"no configs/common beside or inside {package}: this installation is incomplete; install "
+        "d2-decouple again from its wheel, or from a checkout with `pip install -e .`"
+    )
+
+
+def _recipe_files(suffix: str) -> dict[str, Path]:
+    root = _data_root()
+    folders = [root / "configs" / "baselines", *sorted(root.glob("projects/*/configs"))]
+    files = (path for folder in folders for path in sorted(folder.rglob(f"*{suffix}")))
+    return {path.stem: path for path in files if not path.name.startswith("_")}
+
+
+def config_names() -> list[str]:
+    """Names of all recipes, sorted, as :func:`get_config` takes them."""
+    return sorted(_recipe_files(".py"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a recipe's name (``fcos_R_50_FPN_1x``) or of a path to a .py or .yaml file.
+
+    Raises:
+        ConfigError: no such file or name; the message names the nearest recipes.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path.resolve()
+    suffix = path.suffix if path.suffix in (".py", ".yaml", ".yml") else ".py"
+    stem = path.name.removesuffix(path.suffix) if path.suffix == suffix else path.name
+    recipes = _recipe_files(suffix)
+    if path.parent == Path() and stem in recipes:
+        return recipes[stem]
+    raise ConfigError(
+        f"no config {str(name)!r}: neither a file nor a recipe; {nearest(stem, recipes)} "
+        "(`python -m d2_decouple.config` lists them all)"
+    )
+
+
+def get_config(name: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """Load a recipe by name or path.
+
+    Args:
+        name: such as ``fcos_R_50_FPN_1x``, or the path of a LazyConfig file.
+        overrides: ``key=value`` strings, such as ``model.num_classes=3``.
+
+    Returns:
+        omegaconf's ``DictConfig`` with ``model``, ``dataloader``, ``optimizer``,
+        ``lr_multiplier`` and ``train``; nothing in it has been built yet.
+
+    Raises:
+        ConfigError: unknown name or key.
+    """
+    from detectron2.config import LazyConfig
+
+    path = find_config(name)
+    if path.suffix != ".py":
+        raise ConfigError(
+            f"{path.name} is a yacs config, a LazyConfig (.py) is wanted here; "
+            "`python -m d2_decouple.train --config-file` takes both kinds"
+        )
+    return apply_overrides(LazyConfig.load(str(path)), overrides)
+
+
+def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
+    """``cfg`` with ``key=value`` strings applied.
+
+    Only keys that the config or the constructor it calls knows are accepted: a mistyped one
+    would otherwise be ignored without a word, or fail far away.
+
+    Raises:
+        ConfigError: a string without ``=``, or an unknown key (the nearest one is named).
+    """
+    from detectron2.config import LazyConfig
+
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator:
+            raise ConfigError(
+                f"override {override!r} has no value: write key=value, as in train.max_iter=100"
+            )
+        _check_key(cfg, key.lstrip("+~"), override)
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def _check_key(cfg: Any, key: str, override: str) -> None:
+    """Walk down the dotted ``key``; the last step may be a parameter the recipe left at default."""
+    from omegaconf import DictConfig, ListConfig
+
+    node, walked = cfg, ""
+    parts = key.split(".")
+    for position, part in enumerate(parts):
+        if isinstance(node, ListConfig):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(
+                    f"override {override!r}: {walked} is a list of {len(node)}; index it with "
+                    f"0 to {len(node) - 1}"
+                )
+            node = node[int(part)]
+        elif isinstance(node, DictConfig):
+            known = {str(name) for name in node}
+            if part not in known:
+                optional = _parameters(node)
+                if position == len(parts) - 1 and (part in optional or optional is _ANYTHING):
+                    return
+                where = f"in {walked}" if walked else "at the top of the config"
+                raise ConfigError(
+                    f"override {override!r}: there is no key {part!r} {where}; "
+                    f"{nearest(part, (known | optional) - {'_target_'})}"
+                )
+            node = node[part]
+        else:
+            raise ConfigError(
+                f"override {override!r}: {walked} is {node!r} and has no keys below it"
+            )
+        walked = f"{walked}.{part}" if walked else part
+
+
+_ANYTHING: frozenset[str] = frozenset({"*"})
+
+
+def _parameters(node: Any) -> frozenset[str]:
+    """Parameter names of the callable that a lazy node will call."""
+    import inspect
+
+    from detectron2.utils.registry import locate
+
+    target = node.get("_target_")
+    if target is None:
+        return frozenset()
+    called = locate(target) if isinstance(target, str) else target
+    try:
+        parameters = inspect.signature(called).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return _ANYTHING
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return _ANYTHING
+    return frozenset(parameter.name for parameter in parameters)
+
+
+def add_decouple_config(cfg: Any) -> None:
+    """Add the node ``MODEL.DECOUPLE`` to a yacs config, which opens the door to the recipes.
+
+    The architecture stays in the LazyConfig file; the node names it and holds the few values
+    that people override. Keys:
+
+    * ``MODEL_FILE``: name or path of a recipe whose ``model`` is built.
+    * ``NUM_CLASSES``, ``SCORE_THRESH_TEST``, ``NMS_THRESH_TEST``: replace the recipe's value
+      when they are not None.
+    * ``OVERRIDES``: a list of ``model.key=value`` for everything else.
+    """
+    from detectron2.config import CfgNode
+
+    cfg.MODEL.DECOUPLE = CfgNode()
+    cfg.MODEL.DECOUPLE.MODEL_FILE = ""
+    cfg.MODEL.DECOUPLE.NUM_CLASSES = None
+    cfg.MODEL.DECOUPLE.SCORE_THRESH_TEST = None
+    cfg.MODEL.DECOUPLE.NMS_THRESH_TEST = None
+    cfg.MODEL.DECOUPLE.OVERRIDES = []
+
+
+_YACS_VALUES = {
+    "NUM_CLASSES": "model.num_classes",
+    "SCORE_THRESH_TEST": "model.selection.candidates.test_score_thresh",
+    "NMS_THRESH_TEST": "model.selection.nms.test_nms_thresh",
+}
+
+
+def instantiate_parts(cfg: Any) -> dict[str, Any]:
+    """Build the parts of the model that a yacs config names: constructor argument -> object.
+
+    ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` are taken from the yacs config,
+    since its data loader follows the first of them.
+
+    Raises:
+        ConfigError: ``MODEL.DECOUPLE`` or its ``MODEL_FILE`` is missing or unknown.
+    """
+    from detectron2.config import instantiate
+
+    lazy = door_model(cfg)
+    return {name: instantiate(part) for name, part in lazy.items() if name != "_target_"}
+
+
+def door_model(cfg: Any) -> Any:
+    """The lazy ``model`` node that a yacs config names, with its values filled in."""
+    if "DECOUPLE" not in cfg.MODEL:
+        raise ConfigError(
+            "this config has no MODEL.DECOUPLE: call d2_decouple.add_decouple_config(cfg) right "
+            "after get_cfg()"
+        )
+    door = cfg.MODEL.DECOUPLE
+    if not door.MODEL_FILE:
+        raise ConfigError(
+            "MODEL.DECOUPLE.MODEL_FILE is empty: name a recipe, as in "
+            f"MODEL_FILE: fcos_R_50_FPN_1x ({', '.join(config_names())})"
+        )
+    values = {key: door[name] for name, key in _YACS_VALUES.items() if door[name] is not None}
+    overrides = [f"{key}={value}" for key, value in values.items()]
+    recipe = get_config(door.MODEL_FILE, [*overrides, *door.OVERRIDES])
+    # Slots may depend on the length of the training, which is the yacs config's to say.
+    recipe.train.max_iter = cfg.SOLVER.MAX_ITER
+    _replace(
+        recipe.model,
+        {
+            "input_format": cfg.INPUT.FORMAT,
+            "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
+            "pixel_std": list(cfg.MODEL.PIXEL_STD),
+        },
+    )
+    return recipe.model
+
+
+def _replace(node: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        node[name] = value
+
+
+if __name__ == "__main__":
+    for recipe_name, recipe_path in sorted(_recipe_files(".py").items()):
+        print(f"{recipe_name:32} {recipe_path}")

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a launcher needs beyond Detectron2's own trainer."""
+
+from .recipe import Recipe, check_recipe, lazy_recipe, yacs_recipe
+from .train import evaluate, train
+
+__all__ = ["Recipe", "check_recipe", "evaluate", "lazy_recipe", "train", "yacs_recipe"]

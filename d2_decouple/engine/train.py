@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop and the evaluation, on Detectron2's trainer and hooks."""
+
+import logging
+from typing import Any
+
+import torch
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from torch import nn
+
+from ..checkpoint import Checkpointer
+from .recipe import Recipe
+
+__all__ = ["distributed", "evaluate", "load_weights", "train"]
+
+_logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Train, evaluate at the end, and leave checkpoints, log and metrics in the output folder.
+
+    Args:
+        recipe: what to train.
+        resume: go on from the last checkpoint in the output folder, if there is one. A finished
+            training is only evaluated.
+
+    Returns:
+        The last evaluation: ``{"bbox": {"AP": ..., ...}}`` (by dataset if there are several);
+        empty on all processes but the first.
+    """
+    model = recipe.model().train()
+    optimizer = recipe.optimizer(model)
+    model = distributed(recipe, model)
+    trainer = (AMPTrainer if recipe.amp else SimpleTrainer)(model, recipe.train_loader(), optimizer)
+    checkpointer = Checkpointer(model, recipe.output_dir, trainer=trainer)
+    results: dict[str, Any] = {}
+
+    def evaluation() -> dict[str, Any]:
+        results.clear()
+        results.update(evaluate(recipe, model))
+        return results
+
+    main_only = []
+    if comm.is_main_process():
+        main_only = [
+            hooks.PeriodicCheckpointer(checkpointer, **recipe.checkpointer),
+            hooks.PeriodicWriter(
+                default_writers(recipe.output_dir, recipe.max_iter), period=recipe.log_period
+            ),
+        ]
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(optimizer, recipe.lr_scheduler(optimizer)),
+            *main_only[:1],
+            hooks.EvalHook(recipe.eval_period, evaluation),
+            *main_only[1:],
+        ]
+    )
+    checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    if start >= recipe.max_iter:
+        _logger.info("The training of %d iterations is complete; evaluating it", recipe.max_iter)
+        return evaluation()
+    trainer.train(start, recipe.max_iter)
+    return results
+
+
+def distributed(recipe: Recipe, model: nn.Module) -> nn.Module:
+    """The model itself, or wrapped for gradients over several processes, on CPUs as well."""
+    device_ids = None if recipe.device == "cpu" else [torch.cuda.current_device()]
+    return create_ddp_model(model, **{**recipe.ddp, "device_ids": device_ids})
+
+
+def evaluate(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """Evaluate on every test set: ``{"bbox": {...}}``, or that by name if there are several."""
+    results = {}
+    for name, loader, evaluator in recipe.evaluations():
+        results[name] = inference_on_dataset(model, loader, evaluator)
+        if comm.is_main_process():
+            _logger.info("Evaluation results for %s in csv format:", name)
+            print_csv_format(results[name])
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def load_weights(recipe: Recipe, model: nn.Module, *, resume: bool = False) -> None:
+    """Load ``init_checkpoint``, or with ``resume`` the last one in the output folder."""
+    checkpointer = Checkpointer(model, recipe.output_dir)
+    checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)

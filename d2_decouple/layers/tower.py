@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stack of convolutions that a head puts in front of its predictors."""
+
+from collections.abc import Callable, Sequence
+
+from detectron2.layers import get_norm
+from torch import nn
+
+__all__ = ["conv_tower", "init_conv"]
+
+
+def init_conv(module: nn.Module, *, std: float = 0.01, bias: float = 0.0) -> None:
+    """Draw the weights of every convolution in ``module`` from N(0, std), set biases."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.constant_(part.bias, bias)
+
+
+def conv_tower(
+    *,
+    in_channels: int,
+    conv_dims: Sequence[int],
+    norm: str | Callable[[int], nn.Module] = "GN",
+    bias: bool = True,
+) -> nn.Sequential:
+    """3x3 convolutions, each followed by a normalisation (if any) and ReLU; the size is kept.
+
+    The parts lie flat in one ``Sequential``, as in Detectron2's RetinaNet and FCOS heads, so
+    that the names in a checkpoint agree.
+
+    Args:
+        in_channels: channels of the input map (N, C, H, W).
+        conv_dims: output channels of each convolution; empty gives the identity.
+        norm: a name Detectron2's ``get_norm`` knows, a callable from channels to module, or "".
+        bias: whether the convolutions have a bias.
+    """
+    parts: list[nn.Module] = []
+    for channels in conv_dims:
+        parts.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias))
+        if norm:
+            parts.append(get_norm(norm, channels))
+        parts.append(nn.ReLU(inplace=True))
+        in_channels = channels
+    tower = nn.Sequential(*parts)
+    init_conv(tower)
+    return tower

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detectron2's feature pyramid, extended by what the papers need."""
+
+from collections.abc import Sequence
+from threading import get_ident
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling.backbone import FPN as _FPN
+from detectron2.modeling.backbone import Backbone
+from torch import Tensor, nn
+
+__all__ = ["FPN", "FoldedConv2d", "fold_frozen_norms"]
+
+
+class FPN(_FPN):
+    """Detectron2's FPN that hands out some of the bottom-up maps, too; same parameter names.
+
+    TSCODE reads C2 beside P3. The map exists anyway: passing it on costs nothing. Frozen batch
+    norms of the bottom-up network are folded into their convolutions (:class:`FoldedConv2d`).
+    """
+
+    def __init__(
+        self, bottom_up: Backbone, *args: Any, passed_on: Sequence[str] = ("res2",), **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            bottom_up: backbone whose maps are merged.
+            args: as Detectron2's ``FPN``.
+            passed_on: bottom-up maps that appear in the output beside p3, p4, ...
+            kwargs: as Detectron2's ``FPN``.
+        """
+        shapes = bottom_up.output_shape()
+        missing = [name for name in passed_on if name not in shapes]
+        if missing:
+            raise ValueError(
+                f"the bottom-up network gives {sorted(shapes)}, but {missing} shall be passed on; "
+                "add them to its out_features or set backbone.passed_on"
+            )
+        super().__init__(fold_frozen_norms(bottom_up), *args, **kwargs)
+        self._passed_on = tuple(passed_on)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> maps by name: the pyramid and the bottom-up maps that are passed on."""
+        bottom_up: dict[str, Tensor] = {}
+        thread = get_ident()  # another thread may run the same module at this moment
+
+        def keep(module: nn.Module, inputs: Any, output: dict[str, Tensor]) -> None:
+            if get_ident() == thread:
+                bottom_up.update(output)
+
+        handle = self.bottom_up.register_forward_hook(keep)
+        try:
+            pyramid = super().forward(x)
+        finally:
+            handle.remove()
+        return {**pyramid, **{name: bottom_up[name] for name in self._passed_on}}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every map that :meth:`forward` gives."""
+        bottom_up = self.bottom_up.output_shape()
+        return {**super().output_shape(), **{name: bottom_up[name] for name in self._passed_on}}
+
+
+class FoldedConv2d(Conv2d):
+    """Detectron2's ``Conv2d`` whose frozen batch norm costs nothing.
+
+    A frozen norm is one factor and one summand per channel, so it can be applied to the weight,
+    a few thousand numbers, instead of to the map, millions of them. The norm stays where it was:
+    names in checkpoints, ``freeze`` and conversions of norms work as before.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W'), as Detectron2's."""
+        norm = self.norm
+        if not isinstance(norm, FrozenBatchNorm2d):
+            return super().forward(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * scale
+        if self.bias is not None:
+            bias = bias + self.bias * scale
+        weight = self.weight * scale[:, None, None, None]
+        x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return x if self.activation is None else self.activation(x)
+
+
+def fold_frozen_norms(module: nn.Module) -> nn.Module:
+    """Put a :class:`FoldedConv2d` in place of every plain ``Conv2d`` with a frozen norm.
+
+    Works in place on ``module`` and returns it; parameters, buffers and their names stay.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Conv2d and isinstance(child.norm, FrozenBatchNorm2d):
+                setattr(parent, name, _folded(child))
+    return module
+
+
+def _folded(conv: Conv2d) -> FoldedConv2d:
+    with torch.device("meta"):
+        folded = FoldedConv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            norm=conv.norm,
+            activation=conv.activation,
+        )
+    folded.weight, folded.bias = conv.weight, conv.bias
+    return folded.train(conv.training)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss terms that several hosts share: ``(predictions, targets) -> scalar``, no parameters.
+
+A term weighs, sums and divides; the arithmetic is in :mod:`d2_decouple.layers.losses`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layers.losses import generalized_iou_loss, sigmoid_focal_loss
+from ..structures import DensePredictions, DenseTargets, foreground
+from .selection import predicted_boxes
+
+__all__ = ["FocalTerm", "GIoUTerm", "QualityTerm", "loss_terms", "main_targets"]
+
+
+def loss_terms(**terms: Callable[[DensePredictions, DenseTargets], Tensor]) -> dict[str, Any]:
+    """Its own arguments as a dict: logged name -> term. (A config cannot call ``dict``.)"""
+    return terms
+
+
+def main_targets(targets: DenseTargets) -> DenseTargets:
+    """The label set an assigner answers with, as opposed to a second one in its extras."""
+    return targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocalTerm:
+    """Sigmoid focal loss of all locations that are not ignored, over ``cls_normalizer``.
+
+    Attributes:
+        alpha: weight of the positive entries.
+        gamma: exponent of the modulating factor.
+        weight: factor on the whole term.
+    """
+
+    alpha: float = 0.25
+    gamma: float = 2.0
+    weight: float = 1.0
+
+    def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
+        losses = sigmoid_focal_loss(predictions.logits, targets.labels, self.alpha, self.gamma)
+        weights = targets.cls_weights * (targets.labels >= 0)[..., None]
+        return self.weight * (losses * weights).sum() / targets.cls_normalizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GIoUTerm:
+    """Weighted ``1 - GIoU`` over ``box_normalizer``.
+
+    Attributes:
+        weight: factor on the whole term.
+        boxes: which predicted boxes (N, R, 4) are meant.
+        targets: which label set they learn.
+    """
+
+    weight: float = 1.0
+    boxes: Callable[[DensePredictions], Tensor] = predicted_boxes
+    targets: Callable[[DenseTargets], DenseTargets] = main_targets
+
+    def __post_init__(self) -> None:
+        for name in ("boxes", "targets"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"GIoUTerm.{name} must be callable, got {getattr(self, name)!r}; a callable "
+                    "cannot be set on the command line: set it in a config file"
+                )
+
+    def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
+        chosen = self.targets(targets)
+        losses = generalized_iou_loss(self.boxes(predictions), chosen.boxes)
+        return self.weight * (losses * chosen.box_weights).sum() / chosen.box_normalizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityTerm:
+    """Binary cross entropy of the quality logits on positives, over ``cls_normalizer``.
+
+    Attributes:
+        weight: factor on the whole term.
+    """
+
+    weight: float = 1.0
+
+    def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
+        if predictions.quality is None or targets.quality is None:
+            raise ValueError(
+                "QualityTerm wants a quality from the predictor and from the assigner, and one of "
+                "them gives none; remove this term from losses"
+            )
+        losses = F.binary_cross_entropy_with_logits(
+            predictions.quality, targets.quality, reduction="none"
+        )
+        positive = foreground(targets.labels, predictions.logits.shape[-1])
+        return self.weight * (losses * positive).sum() / targets.cls_normalizer

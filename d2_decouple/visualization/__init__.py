@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures: the course of a training, and detections beside the ground truth."""
+
+from d2_decouple.visualization.curves import plot_curves, read_metrics
+from d2_decouple.visualization.detections import class_colors, compare, draw_boxes
+
+__all__ = ["class_colors", "compare", "draw_boxes", "plot_curves", "read_metrics"]

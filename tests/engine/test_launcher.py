@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher on real images: both kinds of config, several processes, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import instantiate
+
+from d2_decouple.checkpoint import Checkpointer
+from d2_decouple.config import find_config, get_config
+from d2_decouple.train import main
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI = [
+    "dataloader.train.dataset.names=bccd_mini_train",
+    "dataloader.test.dataset.names=bccd_mini_val",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "train.log_period=1",
+]
+YACS = ["--config-file", "fcos_R_18_FPN_bccd.yaml"]
+MINI_YACS = [
+    *("DATASETS.TRAIN", "('bccd_mini_train',)", "DATASETS.TEST", "('bccd_mini_val',)"),
+    *("DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_PERIOD", "0"),
+]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def environment():
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run_subprocess(command, cwd):
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_lazy_recipe_trains_evaluates_resumes(tmp_path):
+    options = ["--config-file", "fcos_R_18_FPN_bccd", *MINI, f"train.output_dir={tmp_path}"]
+    assert main([*options, "train.max_iter=3", "train.eval_period=0"]) == 0
+    assert {"model_final.pth", "config.yaml", "log.txt"} <= {p.name for p in tmp_path.iterdir()}
+    rows = metrics(tmp_path)
+    assert [row["iteration"] for row in rows if "total_loss" in row] == [0, 1, 2]
+    assert {"loss_cls", "loss_box_reg", "loss_quality", "num_positives_per_image"} <= rows[0].keys()
+    assert any("bbox/AP50" in row for row in rows)
+
+    assert main(["--resume", *options, "train.max_iter=5", "train.eval_period=0"]) == 0
+    iterations = [row["iteration"] for row in metrics(tmp_path) if "total_loss" in row]
+    assert iterations == [0, 1, 2, 3, 4]
+    weights = tmp_path / "model_final.pth"
+    assert main(["--eval-only", *options, f"train.init_checkpoint={weights}"]) == 0
+
+
+def test_yacs_recipe_trains_and_evaluates(tmp_path):
+    config = str(find_config("fcos_R_18_FPN_bccd.yaml"))
+    options = ["--config-file", config, "OUTPUT_DIR", str(tmp_path), *MINI_YACS]
+    assert main([*options, "SOLVER.MAX_ITER", "2"]) == 0
+    assert (tmp_path / "model_final.pth").is_file()
+    weights = str(tmp_path / "model_final.pth")
+    assert main([*options[:2], "--eval-only", *options[2:], "MODEL.WEIGHTS", weights]) == 0
+
+
+def test_torchrun_with_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["-m", "d2_decouple.train", "--config-file", "fcos_R_18_FPN_bccd", *MINI]
+    command += [f"train.output_dir={tmp_path}", "train.max_iter=2", "train.eval_period=0"]
+    output = run_subprocess(command, tmp_path)
+    assert "World size: 2" in output
+    assert any("bbox/AP50" in row for row in metrics(tmp_path))
+
+
+def test_detectron2s_own_launcher_runs_the_lazy_recipe(tmp_path):
+    """The file comes with Detectron2's sources, which the installer keeps."""
+    script = detectron2_tools() / "lazyconfig_train_net.py"
+    command = [sys.executable, str(script), "--config-file", str(find_config("fcos_R_18_FPN_bccd"))]
+    command += [*MINI, f"train.output_dir={tmp_path}", "train.max_iter=2", "train.eval_period=0"]
+    run_subprocess(command, tmp_path)
+    assert (tmp_path / "model_final.pth").is_file()
+
+
+def detectron2_tools():
+    """Detectron2's ``tools/``: beside a checkout of it, or where our installer keeps it."""
+    import detectron2
+
+    candidates = [Path(detectron2.__file__).parents[1], *Path(sys.prefix).glob("share/*")]
+    for folder in candidates:
+        if (folder / "tools" / "lazyconfig_train_net.py").is_file():
+            return folder / "tools"
+    raise AssertionError(
+        f"Detectron2's tools are in none of {candidates}; run tools/install_detectron2.py"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--config-file", "fcos_R_18_FPN_bcd"], ["fcos_R_18_FPN_bcd", "fcos_R_18_FPN_bccd"]),
+        ([], ["--config-file"]),
+        (["--config-file", "fcos_R_18_FPN_bccd", "trian.max_iter=3"], ["trian", "train"]),
+        (["--config-file", "fcos_R_18_FPN_bccd", "train.max_iters=3"], ["max_iters", "max_iter"]),
+        (
+            [
+                "--config-file",
+                "fcos_R_18_FPN_bccd",
+                "dataloader.train.dataset.names=bccd_mini_tran",
+            ],
+            ["bccd_mini_tran", "bccd_mini_train"],
+        ),
+        (
+            ["--config-file", "fcos_R_18_FPN_bccd", *MINI, "model.num_classes=4"],
+            ["4 classes", "has 3", "RBC, WBC, Platelets", "model.num_classes=3"],
+        ),
+        (
+            ["--eval-only", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
+            ["--eval-only", "train.init_checkpoint"],
+        ),
+        (
+            ["--num-gpus", "64", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
+            ["--num-gpus 64", "torchrun --nproc-per-node 64"],
+        ),
+        (["--config-file", "fcos_R_18_FPN_bccd", *MINI, "--eval-only"], ["--eval-only", "before"]),
+        (
+            ["--config-file", "fcos_R_18_FPN_bccd", *MINI, "train.device=cuda:99"],
+            ["cuda:99", "train.device=cpu"],
+        ),
+        (
+            [*YACS, *MINI_YACS, "SOLVER.MAX_ITR", "3"],
+            ["SOLVER.MAX_ITR"],
+        ),
+        (
+            [*YACS, *MINI_YACS, "MODEL.DECOUPLE.NUM_CLASSES", "80"],
+            ["80 classes", "MODEL.DECOUPLE.NUM_CLASSES=3"],
+        ),
+    ],
+)
+def test_bad_input_names_what_to_type(arguments, named, tmp_path, capsys, monkeypatch):
+    if "train.device=cuda:99" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    message = capsys.readouterr().err
+    for word in named:
+        assert word in message
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_output_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    folder = tmp_path / "file" / "output"
+    status = main(["--config-file", "fcos_R_18_FPN_bccd", *MINI, f"train.output_dir={folder}"])
+    assert status == 1
+    message = capsys.readouterr().err
+    assert str(folder) in message
+    assert "train.output_dir=FOLDER" in message
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_checkpoint_of_another_model_is_counted_and_named(tmp_path, capsys):
+    options = ["--eval-only", "--config-file", "fcos_R_18_FPN_bccd", *MINI]
+    options += [f"train.output_dir={tmp_path}", f"train.init_checkpoint={tmp_path / 'other.pth'}"]
+    torch.save({"model": {"encoder.layer.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    assert main(options) == 1
+    message = capsys.readouterr().err
+    assert "none of the 1 tensors" in message
+    assert "encoder.layer.weight" in message
+    assert "backbone." in message
+
+    (tmp_path / "other.pth").write_bytes(b"not a checkpoint")
+    assert main(options) == 1
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+
+    (tmp_path / "other.pth").unlink()
+    assert main(options) == 1
+    assert "no checkpoint" in capsys.readouterr().err
+
+    options[-1] = "train.init_checkpoint=http://localhost:9/weights.pkl"
+    assert main(options) == 1
+    message = capsys.readouterr().err
+    assert "http://localhost:9/weights.pkl could not be fetched" in message
+    assert "train.init_checkpoint" in message
+
+
+def test_checkpoint_that_fits_in_part_is_counted_and_named(tmp_path, caplog):
+    model = instantiate(get_config("fcos_R_18_FPN_bccd").model)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.predictor")}
+    state["head.cls_score.bias"] = torch.zeros(80)
+    state["roi_heads.box.weight"] = torch.zeros(3)
+    torch.save({"model": state}, tmp_path / "part.pth")
+    total = len(model.state_dict())
+    with caplog.at_level("INFO"):
+        Checkpointer(model).load(str(tmp_path / "part.pth"))
+    assert f"Loaded {total - 5} of {total} tensors; 5 keep their initial values" in caplog.text
+    assert "head.predictor.ctrness.weight" in caplog.text
+    assert "of these 1 have another shape" in caplog.text
+    assert "1 in the file have no place: roi_heads.box.weight" in caplog.text

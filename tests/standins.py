@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The least that the papers need of a head: their tensors, not their methods."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2_decouple.layers.points import Grid, distances_to_boxes, squares
+from d2_decouple.modeling import ClassPredictor, FCOSPredictor
+from d2_decouple.modeling.head import flatten_maps
+from d2_decouple.structures import DensePredictions
+
+
+def conv3x3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, stride=stride, padding=1)
+
+
+def blocks_to_cells(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, 4C, h, w) -> (N, C, H, W): channel (2i + j) * C + c becomes cell (2y + i, 2x + j)."""
+    images, channels, height, width = x.shape
+    x = x.view(images, 2, 2, channels // 4, height, width).permute(0, 3, 4, 1, 5, 2)
+    x = x.reshape(images, channels // 4, 2 * height, 2 * width)
+    return x[..., : size[0], : size[1]]
+
+
+class RearrangedPredictor(nn.Conv2d):
+    """Four cells' classes from each cell of a map at half resolution."""
+
+    def forward(self, feature: Tensor, size: tuple[int, int]) -> Tensor:
+        return blocks_to_cells(super().forward(feature), size)
+
+
+class BoxDetail(nn.Module):
+    """The box half of TSCODE: reads the next coarser and the next finer map, ``res2`` at P3."""
+
+    cls_stride = 1
+
+    def __init__(self, *, channels: int) -> None:
+        super().__init__()
+        self.in_channels = self.cls_channels = self.box_channels = channels
+        self.box_down = conv3x3(channels, channels, stride=2)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        levels = features[1:]
+        box = []
+        for finer, level, coarser in zip(features, levels, [*levels[1:], None], strict=False):
+            detail = F.interpolate(level, finer.shape[-2:]) + finer
+            merged = level + self.box_down(detail)
+            if coarser is not None:
+                merged = merged + F.interpolate(coarser, level.shape[-2:])
+            box.append(merged)
+        return levels, box
+
+    def class_predictor(
+        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool
+    ) -> nn.Module:
+        return ClassPredictor(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
+        )
+
+
+class HalfResolution(BoxDetail):
+    """TSCODE: classes from twice the channels at half the resolution, and the box half."""
+
+    cls_stride = 2
+
+    def __init__(self, *, channels: int) -> None:
+        super().__init__(channels=channels)
+        self.cls_channels = 2 * channels
+        self.cls_down = conv3x3(channels, channels, stride=2)
+        self.top = conv3x3(channels, channels, stride=2)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        levels, box = super().forward(features)
+        coarser = [*levels[1:], self.top(levels[-1])]
+        pairs = zip(levels, coarser, strict=True)
+        return [torch.cat((self.cls_down(level), up), dim=1) for level, up in pairs], box
+
+    def class_predictor(
+        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool
+    ) -> nn.Module:
+        return RearrangedPredictor(
+            in_channels, 4 * out_channels, kernel_size, padding=kernel_size // 2, bias=bias
+        )
+
+
+def sample(maps: Tensor, points: Tensor) -> Tensor:
+    """(N, C, H, W) read at (N, P, 2, h, w) points (x, y) in cells -> (N, C, P, h, w)."""
+    images, count, _, height, width = points.shape
+    size = points.new_tensor([maps.shape[-1], maps.shape[-2]])
+    grid = (2 * points.permute(0, 1, 3, 4, 2) + 1) / size - 1
+    grid = grid.reshape(images, count * height, width, 2)
+    found = F.grid_sample(maps, grid.to(maps.dtype), align_corners=False)
+    return found.view(images, maps.shape[1], count, height, width)
+
+
+def cells_of(feature: Tensor) -> Tensor:
+    """(2, H, W) cell indices (x, y)."""
+    y, x = (torch.arange(n, dtype=torch.float32) for n in feature.shape[-2:])
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"))
+
+
+def _float(x: Tensor) -> Tensor:
+    """Coordinates do not survive autocast's half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class PointAligner(nn.Module):
+    """SALT: a coarse box, points on it, both features read there; a scale per level; a skip."""
+
+    num_points = 9
+
+    def __init__(self, *, channels: int, num_levels: int) -> None:
+        super().__init__()
+        self.coarse = conv3x3(channels, 4)
+        self.fractions = conv3x3(channels, 2 * self.num_points)
+        self.factors = conv3x3(channels, 2 * self.num_points)
+        self.box_mix = nn.Conv2d(channels * self.num_points, channels, 1)
+        self.cls_mix = nn.Conv2d(channels * self.num_points, channels, 1)
+        self.scales = nn.Parameter(torch.ones(num_levels))
+
+    def forward(
+        self, feature: Tensor, cls_feature: Tensor, box_feature: Tensor, level: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        distances = _float(self.coarse(box_feature)).relu() * self.scales[level]
+        low, high = -distances[:, None, :2], distances[:, None, 2:]
+        shape = (len(feature), self.num_points, 2, *feature.shape[-2:])
+        points = low + (high - low) * _float(self.fractions(box_feature)).sigmoid().view(shape)
+        cls_feature = cls_feature + feature
+        factors = _float(self.factors(cls_feature)).clamp(max=3).exp().view(shape)
+        cls_points = points.detach() * factors
+        cells = cells_of(feature).to(points)
+        box = self.box_mix(sample(box_feature, cells + points).flatten(1, 2))
+        cls = self.cls_mix(sample(cls_feature, cells + cls_points).flatten(1, 2))
+        return cls, box, {"distances": distances, "points": points, "cls_points": cls_points}
+
+    def decode(self, extras: list[dict[str, Tensor]], grid: Grid) -> dict[str, Tensor]:
+        distances = flatten_maps([extra["distances"] for extra in extras], 4)
+        decoded = {
+            "coarse_boxes": distances_to_boxes(grid.locations, distances * grid.strides[:, None])
+        }
+        for name in ("points", "cls_points"):
+            flat = flatten_maps([extra[name].flatten(1, 2) for extra in extras], 18)
+            relative = flat.unflatten(-1, (self.num_points, 2)) * grid.strides[:, None, None]
+            decoded[name] = grid.locations[:, None] + relative
+        return decoded
+
+
+class IdentityAligner(nn.Module):
+    """Reads where the host reads."""
+
+    def forward(
+        self, feature: Tensor, cls_feature: Tensor, box_feature: Tensor, level: int
+    ) -> tuple[Tensor, Tensor, int]:
+        return cls_feature, box_feature, level
+
+    def decode(self, extras: list[int], grid: Grid) -> dict[str, list[int]]:
+        return {"levels": extras}
+
+
+class CollectingPredictor(nn.Module):
+    """PDNet: values for the box also from the next finer map, logits summed over P points."""
+
+    num_points = 9
+    class_kernel_size = 1
+    class_bias = False
+
+    def __init__(self, *, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.class_outputs = self.num_points * num_classes
+        self.coarse = conv3x3(in_channels, 4)
+        self.offsets = conv3x3(in_channels, 2 * self.num_points)
+        self.values = nn.Conv2d(in_channels, 4, 1, bias=False)
+        self.bias = nn.Parameter(torch.full((num_classes,), -4.6))
+
+    def forward(
+        self, class_maps: list[Tensor], box_features: list[Tensor], grid: Grid
+    ) -> DensePredictions:
+        values = [self.values(x) for x in box_features]
+        logits, edges, coarse, points = [], [], [], []
+        for level, (maps, feature) in enumerate(zip(class_maps, box_features, strict=True)):
+            shape = (len(maps), self.num_points, 2, *maps.shape[-2:])
+            where = cells_of(feature).to(feature) + self.offsets(feature).view(shape)
+            moved = sample(values[level], where[:, :1])[:, :, 0]
+            if level > 0:
+                moved = moved + 0.5 * sample(values[level - 1], 2 * where[:, :1])[:, :, 0]
+            coarse.append(self.coarse(feature))
+            edges.append(coarse[-1].detach() + moved)
+            logits.append(self._collect(maps, where))
+            points.append(where.flatten(1, 2))
+        boxes, coarse_boxes = (self._decode(x, grid) for x in (edges, coarse))
+        flat = flatten_maps(points, 18).unflatten(-1, (self.num_points, 2))
+        offset = grid.locations - grid.cells * grid.strides[:, None]
+        return DensePredictions(
+            logits=flatten_maps(logits, self.num_classes) + self.bias,
+            boxes=boxes,
+            quality=None,
+            locations=grid.locations,
+            strides=grid.strides,
+            priors=squares(grid.locations, 4 * grid.strides),
+            level_sizes=grid.level_sizes,
+            extras={
+                "coarse_boxes": coarse_boxes,
+                "points": flat * grid.strides[:, None, None] + offset[:, None],
+            },
+        )
+
+    def _collect(self, maps: Tensor, where: Tensor) -> Tensor:
+        images, points = where.shape[:2]
+        groups = maps.reshape(images * points, self.num_classes, *maps.shape[-2:])
+        found = sample(groups, where.flatten(0, 1)[:, None])
+        return found.view(images, points, self.num_classes, *maps.shape[-2:]).sum(1)
+
+    def _decode(self, edges: list[Tensor], grid: Grid) -> Tensor:
+        prior = squares(grid.locations, 4 * grid.strides)
+        return prior + flatten_maps(edges, 4) * grid.strides[:, None]
+
+
+class AnchorPredictor(nn.Module):
+    """RetinaNet: nine anchors per cell, so R = 9 times the cells."""
+
+    class_kernel_size = 3
+    class_bias = True
+
+    def __init__(self, *, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.class_outputs = 9 * num_classes
+        self.bbox_pred = conv3x3(in_channels, 9 * 4)
+
+    def forward(
+        self, class_maps: list[Tensor], box_features: list[Tensor], grid: Grid
+    ) -> DensePredictions:
+        shapes = torch.cartesian_prod(
+            2 ** torch.arange(2, 5 / 2 + 0.4, 1 / 3), torch.tensor([0.7, 1.0, 1.4])
+        )
+        half = torch.stack((shapes[:, 0] * shapes[:, 1], shapes[:, 0] / shapes[:, 1]), dim=-1) / 2
+        locations = grid.locations.repeat_interleave(9, dim=0)
+        strides = grid.strides.repeat_interleave(9)
+        reach = half.to(locations).repeat(len(grid.cells), 1) * strides[:, None]
+        priors = torch.cat((locations - reach, locations + reach), dim=-1)
+        deltas = flatten_maps([self.bbox_pred(x) for x in box_features], 4)
+        return DensePredictions(
+            logits=flatten_maps(class_maps, self.num_classes),
+            boxes=priors + deltas * strides[:, None],
+            quality=None,
+            locations=locations,
+            strides=strides,
+            priors=priors,
+            level_sizes=tuple(9 * cells for cells in grid.level_sizes),
+            extras={},
+        )
+
+
+class OddPredictor(FCOSPredictor):
+    """FCOS's names with tensors of other shapes, as a distribution over distances has."""
+
+    def __init__(self, *, num_classes: int, in_channels: int) -> None:
+        super().__init__(num_classes=num_classes, in_channels=in_channels)
+        self.bbox_pred = conv3x3(in_channels, 8)
+
+
+def coarse_boxes(predictions: DensePredictions) -> Tensor:
+    return predictions.extras["coarse_boxes"]
