@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-head lint benchmark wheel clean
+.PHONY: help setup run test test-head detectron2-given lint benchmark wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -20,13 +20,15 @@ run: setup  ## train FCOS on 48 real images, evaluate, and draw what it finds
 test: setup  ## the whole test suite
 	$(RUN) -m pytest tests
 
-test-head: setup  ## the suite with another Detectron2: DETECTRON2=DIR, a checkout
-	@test -f "$(DETECTRON2)/detectron2/__init__.py" || { \
-	  echo "There is no Detectron2 in '$(DETECTRON2)'. Type: make test-head DETECTRON2=DIR, where DIR" \
-	    "is a checkout of Detectron2, with the file DIR/detectron2/__init__.py" >&2; exit 2; }
+test-head: detectron2-given setup  ## the suite with another Detectron2: DETECTRON2=DIR, a checkout
 	PYTHONPATH="$(abspath $(DETECTRON2))" $(RUN) -c \
 	  "import detectron2; print('Detectron2', detectron2.__version__, 'in', detectron2.__path__[0])"
 	PYTHONPATH="$(abspath $(DETECTRON2))" $(RUN) -m pytest tests
+
+detectron2-given:
+	@test -f "$(abspath $(DETECTRON2))/detectron2/__init__.py" || { \
+	  echo "There is no Detectron2 in '$(DETECTRON2)'. Type: make test-head DETECTRON2=DIR, where" \
+	    "DIR is a checkout of Detectron2 and so has a file detectron2/__init__.py." >&2; exit 2; }
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

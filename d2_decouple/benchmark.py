@@ -59,8 +59,8 @@ _SIZE = (800, 1216)
 _CLASSES = 80
 _PLANTED = 4  # classes that every location predicts: about 1,000 candidates a level
 _FCOS_SETTING = (
-    f"R-50-FPN, stride in 3x3, {_CLASSES} classes, one {_SIZE[0]}x{_SIZE[1]} image, fp32, threshold "
-    f"0.2, {_PLANTED} planted classes, boxes of 4 strides, 20 ground-truth boxes"
+    f"R-50-FPN, stride in 3x3, {_CLASSES} classes, one {_SIZE[0]}x{_SIZE[1]} image, fp32, "
+    f"threshold 0.2, {_PLANTED} planted classes, boxes of 4 strides, 20 ground-truth boxes"
 )
 
 

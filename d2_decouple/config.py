@@ -123,6 +123,7 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
         ConfigError: a string without ``=``, or an unknown key (the nearest one is named).
     """
     from detectron2.config import LazyConfig
+    from hydra.errors import HydraException
 
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -130,8 +131,19 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
             raise ConfigError(
                 f"override {override!r} has no value: write key=value, as in train.max_iter=100"
             )
-        _check_key(cfg, key.lstrip("+~"), override)
-    return LazyConfig.apply_overrides(cfg, list(overrides))
+        if key.startswith("~"):
+            raise ConfigError(
+                f"override {override!r}: a key cannot be deleted from the command line; write a "
+                "config file that imports this one and deletes it"
+            )
+        _check_key(cfg, key.lstrip("+"), override)
+    try:
+        return LazyConfig.apply_overrides(cfg, list(overrides))
+    except HydraException as error:
+        raise ConfigError(
+            f"among the overrides {list(overrides)} one has a value that cannot be read ({error}); "
+            "put values with brackets, quotes or spaces in quotes: key='\"value\"'"
+        ) from error
 
 
 def _check_key(cfg: Any, key: str, override: str) -> None:

@@ -238,6 +238,14 @@ def test_values_at_the_door_reach_the_model():
     assert model.input_format == "RGB"
 
 
+def test_slots_learn_the_length_of_a_yacs_training():
+    """A slot whose behaviour depends on it (SAPD's phases) interpolates ``train.max_iter``."""
+    overrides = [*shrinking(BASE), "model.selection.max_detections_per_image=${train.max_iter}"]
+    values = ["SOLVER.MAX_ITER", 123, "MODEL.DECOUPLE.OVERRIDES", overrides]
+    model = build_model(yacs(find_config(f"{BASE}.yaml"), *values))
+    assert model.selection.max_detections_per_image == 123
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_both_doors_give_one_optimizer(path):
     """Rate, decay and momentum of a convolution's and of both kinds of norms' parameters."""

@@ -4,7 +4,6 @@
 import torch
 from compositions import (
     CLASSES,
-    STRIDES,
     aligned,
     anchors,
     collecting,
@@ -41,16 +40,23 @@ def test_assigner_is_no_part_of_evaluation(monkeypatch):
         assert len(model([random_input((64, 64), 0)])[0]["instances"]) > 0
 
 
-def test_assigner_reads_features_in_mixed_precision():
-    """The maps come from autocast; the assigner's own network has float32 weights."""
+def test_assigner_and_terms_run_without_autocast():
+    """The maps may be half precision; the assigner's own network and every sum are not."""
     model = excite(instantiate(recipe(learned_levels)))
-    dtypes = []
-    model.assigner.register_forward_pre_hook(
-        lambda _, inputs: dtypes.extend(x.dtype for x in inputs[0])
-    )
+    seen = []
+
+    def look(*arguments):
+        seen.append(torch.is_autocast_enabled("cpu"))
+
+    def probe(predictions, targets):
+        look()
+        return predictions.logits.sum() * 0
+
+    model.assigner.net.register_forward_hook(look)
+    model.losses["loss_probe"] = probe
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model([random_input((64, 64), 2, CLASSES)])
-    assert len(dtypes) == len(STRIDES)
+    assert seen == [False, False]
     assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
 
 

@@ -235,8 +235,8 @@ def patch_caffe2(root: Path) -> None:
     """PyTorch has no caffe2 any more; what exports to it is optional, as at Detectron2's head."""
     _replace(
         root / "detectron2/export/__init__.py",
-        "from .api import *\n",
-        "try:\n    from .api import *\nexcept ImportError:\n    pass\n",
+        "\nfrom .api import *\n",
+        "\ntry:\n    from .api import *\nexcept ImportError:\n    pass\n",
     )
 
 

@@ -145,7 +145,7 @@ def set_up(request: Request, progress: Progress) -> None:
     except BrokenEnvironmentError as error:
         if not (existed and request.ours):
             raise
-        progress.note(f"{_shown(request.venv)} is broken ({error}) and is made again.")
+        progress.note(f"{str(error).splitlines()[0]}: {_shown(request.venv)} is made again.")
         shutil.rmtree(request.venv)
         _run_steps(request, progress)
 
@@ -154,7 +154,7 @@ def is_up_to_date(request: Request) -> bool:
     """Whether the stamp tells of all that is asked for, and it is still there."""
     try:
         stamp = json.loads((request.venv / STAMP).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False
     # Having the linters as well does not hurt who did not ask for them.
     wanted = fingerprint(request._replace(dev=request.dev or stamp.get("dev") is True))
@@ -243,7 +243,8 @@ def _install_torch(request: Request, tools: Tools, progress: Progress) -> str:
     status, output = tools.attempt([str(tools.python), "-c", TORCH_CHECK])
     if status:
         raise BrokenEnvironmentError(
-            f"torch and torchvision are installed, but do not work: {last_lines(output, 1)}\n"
+            f"torch and torchvision are installed, but do not work ("
+            f"{last_lines(output, 1) or f'the import ends with status {status}'})\n"
             f"  Delete {request.venv} and type the same command again; D2D_TORCH chooses other "
             "versions."
         )

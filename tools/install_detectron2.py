@@ -37,7 +37,7 @@ from detectron2_source import (
     patch_snapshot,
     unpack,
 )
-from pip_steps import StepError, Tools, explain_os_error, last_lines
+from pip_steps import StepError, Tools, explain_os_error, gist, last_lines
 
 __all__ = ["main"]
 
@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def install(args: argparse.Namespace, tools: Tools) -> None:
     """Fetch, mend, build, install and try; nothing if a Detectron2 that works is there."""
-    found = installed(tools)
-    if found and not args.force:
+    found = "" if args.force else installed(tools)
+    if found:
         print(f"Detectron2 is installed already: {found}")
         return
     _require_torch()
@@ -320,7 +320,7 @@ def _compiled_wheel(source: Source, tools: Tools, target: Path) -> Path | None:
     status, output = tools.attempt(_wheel_command(source.root, tools, target))
     if status == 0:
         return next(target.glob("*.whl"))
-    print(f"Compiling failed:\n{last_lines(output, 6)}\nEverything it said: {tools.log}")
+    print(f"Compiling failed:\n{gist(output, 6)}\nEverything it said: {tools.log}")
     return None
 
 

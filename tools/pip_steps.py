@@ -24,6 +24,7 @@ __all__ = [
     "explain",
     "explain_os_error",
     "free_gib",
+    "gist",
     "last_lines",
 ]
 
@@ -169,13 +170,14 @@ def explain(output: str, folder: Path) -> str:
     if missing := _NO_MATCH.search(tail):
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (
-            f"the package index has no {missing[1]} for Python {version} on this machine.\n"
+            f"the package index has no {missing[1]} for Python {version} on this machine, or "
+            "cannot be reached.\n"
             "  A very new Python may be the reason: try another, for example "
             "make setup PYTHON=python3.12"
         )
     if _NO_COMPILER.search(tail):
-        return f"compiling failed; the last lines were\n{_indented(last_lines(output, 6))}"
-    return f"failed; the last lines were\n{_indented(last_lines(output, 8))}"
+        return f"compiling failed; the last lines were\n{gist(output, 8)}"
+    return f"failed; the last lines were\n{gist(output, 8)}"
 
 
 def explain_os_error(error: OSError, folder: Path) -> str:
@@ -198,6 +200,15 @@ def last_lines(output: str, count: int) -> str:
     return "\n".join(lines[-count:])
 
 
+def gist(output: str, count: int) -> str:
+    """The last lines, indented, of the first program that pip reports on, or of pip itself.
+
+    After a program has failed pip tells at length that this is not the fault of pip.
+    """
+    said = last_lines(output.split("[end of output]")[0], count)
+    return "\n".join(f"    {line.strip()}" for line in said.splitlines())
+
+
 def _disk_full(folder: Path) -> str:
     temporary = Path(tempfile.gettempdir())
     return (
@@ -208,7 +219,3 @@ def _disk_full(folder: Path) -> str:
         "or choose a smaller torch: export D2D_TORCH=...\n"
         "  Then type the same command again."
     )
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -65,9 +65,9 @@ class Checkpointer(DetectionCheckpointer):
         loaded = len(model) - len(fresh)
         if names and not loaded:
             raise CheckpointError(
-                f"none of the {len(names)} tensors in the checkpoint fits this model of {len(model)} "
-                f"tensors: the file has {_listed(incompatible.unexpected_keys)}, the model wants "
-                f"{_listed(fresh)}; give the config that the checkpoint was trained with"
+                f"none of the {len(names)} tensors in the checkpoint fits this model of "
+                f"{len(model)}: the file has {_listed(incompatible.unexpected_keys)}, the model "
+                f"wants {_listed(fresh)}; give the config that the checkpoint was trained with"
             )
         message = f"Loaded {loaded} of {len(model)} tensors"
         if fresh:

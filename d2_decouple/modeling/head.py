@@ -286,23 +286,24 @@ class DenseHead(nn.Module):
         # Runs before the children load, and after fvcore has compared shapes by name: the names
         # that are translated here are the ones it could not know.
         own = {f"{prefix}{name}": value for name, value in self.state_dict().items()}
-        for child, _ in self.get_submodule("predictor").named_children():
+        nested_children = dict(self.get_submodule("predictor").named_children())
+        for child in nested_children.keys() - dict(self.named_children()).keys():
             flat = f"{prefix}{child}."
             for name in [key for key in state_dict if key.startswith(flat)]:
                 nested = f"{prefix}predictor.{child}.{name[len(flat) :]}"
                 state_dict[nested] = state_dict.pop(name)
-        misfits = [
-            f"{name}: {tuple(state_dict[name].shape)} in the file, {tuple(value.shape)} here"
+        misfits = {
+            name: f"{name} is {tuple(state_dict[name].shape)} in the file, {tuple(value.shape)} here"
             for name, value in own.items()
             if name in state_dict and state_dict[name].shape != value.shape
-        ]
-        for misfit in misfits:
-            del state_dict[misfit.split(":", 1)[0]]
+        }
+        for name in misfits:
+            del state_dict[name]
         if misfits:
             _logger.warning(
                 "%d tensors of the head have another shape and keep their initial values: %s",
                 len(misfits),
-                "; ".join(misfits),
+                "; ".join(misfits.values()),
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectron2's feature pyramid, extended by what the papers need."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any
 
@@ -23,14 +23,25 @@ class FPN(_FPN):
     """
 
     def __init__(
-        self, bottom_up: Backbone, *args: Any, passed_on: Sequence[str] = ("res2",), **kwargs: Any
+        self,
+        bottom_up: Backbone,
+        *,
+        in_features: Sequence[str],
+        out_channels: int,
+        norm: str | Callable[[int], nn.Module] = "",
+        top_block: nn.Module | None = None,
+        fuse_type: str = "sum",
+        passed_on: Sequence[str] = ("res2",),
     ) -> None:
         """
         Args:
             bottom_up: backbone whose maps are merged.
-            args: as Detectron2's ``FPN``.
+            in_features: which of them, finest first.
+            out_channels: channels of every pyramid level.
+            norm: normalisation of the lateral and output convolutions.
+            top_block: makes the levels above, such as ``LastLevelP6P7``.
+            fuse_type: "sum" or "avg", how a level and the one above are merged.
             passed_on: bottom-up maps that appear in the output beside p3, p4, ...
-            kwargs: as Detectron2's ``FPN``.
         """
         shapes = bottom_up.output_shape()
         missing = [name for name in passed_on if name not in shapes]
@@ -39,7 +50,14 @@ class FPN(_FPN):
                 f"the bottom-up network gives {sorted(shapes)}, but {missing} shall be passed on; "
                 "add them to its out_features or set backbone.passed_on"
             )
-        super().__init__(fold_frozen_norms(bottom_up), *args, **kwargs)
+        super().__init__(
+            fold_frozen_norms(bottom_up),
+            list(in_features),
+            out_channels,
+            norm=norm,
+            top_block=top_block,
+            fuse_type=fuse_type,
+        )
         self._passed_on = tuple(passed_on)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ class FocalTerm:
     weight: float = 1.0
 
     def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
+        """The scalar that is added to the loss."""
         losses = sigmoid_focal_loss(predictions.logits, targets.labels, self.alpha, self.gamma)
         weights = targets.cls_weights * (targets.labels >= 0)[..., None]
         return self.weight * (losses * weights).sum() / targets.cls_normalizer
@@ -71,6 +72,7 @@ class GIoUTerm:
                 )
 
     def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
+        """The scalar that is added to the loss."""
         chosen = self.targets(targets)
         losses = generalized_iou_loss(self.boxes(predictions), chosen.boxes)
         return self.weight * (losses * chosen.box_weights).sum() / chosen.box_normalizer
@@ -87,6 +89,7 @@ class QualityTerm:
     weight: float = 1.0
 
     def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
+        """The scalar that is added to the loss."""
         if predictions.quality is None or targets.quality is None:
             raise ValueError(
                 "QualityTerm wants a quality from the predictor and from the assigner, and one of "

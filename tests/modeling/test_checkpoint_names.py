@@ -17,6 +17,7 @@ from torch import nn
 from util import WIDTH, excite, random_input, tiny, tiny_model, tiny_resnet
 
 from d2_decouple.config import get_config
+from d2_decouple.modeling import FCOSPredictor
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "state_dict_keys_fcos_R_50.txt"
 CLASSES = 5
@@ -253,6 +254,22 @@ def test_another_class_count_keeps_the_rest(caplog):
     misfits = [("cls_score.weight", (7, WIDTH, 3, 3)), ("cls_score.bias", (7,))]
     assert_fitting_tensors_loaded(model, weights, misfits)
     assert "2 tensors" in caplog.text
+
+
+class ShadowingPredictor(FCOSPredictor):
+    """A part of the predictor is named as one of the head itself."""
+
+    def __init__(self, *, num_classes, in_channels):
+        super().__init__(num_classes=num_classes, in_channels=in_channels)
+        self.cls_score = nn.Conv2d(in_channels, num_classes, 1)
+
+
+def test_a_predictors_part_may_be_named_like_the_heads():
+    model = other_model(ShadowingPredictor)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    other = other_model(ShadowingPredictor)
+    other.load_state_dict(state)
+    assert torch.equal(other.head.cls_score.weight, state["head.cls_score.weight"])
 
 
 def test_a_strict_load_still_fails_on_misfits():

@@ -10,7 +10,6 @@ from util import excite, loss_sum, random_input, tiny, tiny_model, without_gradi
 
 from d2_decouple.config import get_config
 from d2_decouple.modeling import clip_to_image
-from d2_decouple.modeling import clip_to_image
 
 LOSSES = {"loss_cls", "loss_box_reg", "loss_quality"}
 RECIPES = ["fcos_R_50_FPN_1x", "fcos_R_50_FPN_1x_d2", "fcos_R_18_FPN_bccd"]
