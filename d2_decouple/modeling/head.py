@@ -293,7 +293,7 @@ class DenseHead(nn.Module):
                 nested = f"{prefix}predictor.{child}.{name[len(flat) :]}"
                 state_dict[nested] = state_dict.pop(name)
         misfits = {
-            name: f"{name} is {tuple(state_dict[name].shape)} in the file, {tuple(value.shape)} here"
+            name: f"{tuple(state_dict[name].shape)} in the file, {tuple(value.shape)} here"
             for name, value in own.items()
             if name in state_dict and state_dict[name].shape != value.shape
         }
@@ -303,7 +303,7 @@ class DenseHead(nn.Module):
             _logger.warning(
                 "%d tensors of the head have another shape and keep their initial values: %s",
                 len(misfits),
-                "; ".join(misfits.values()),
+                "; ".join(f"{name}: {shapes}" for name, shapes in misfits.items()),
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
