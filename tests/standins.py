@@ -34,6 +34,7 @@ class BoxDetail(nn.Module):
     """The box half of TSCODE: reads the next coarser and the next finer map, ``res2`` at P3."""
 
     cls_stride = 1
+    finer_levels = 1
 
     def __init__(self, *, channels: int) -> None:
         super().__init__()

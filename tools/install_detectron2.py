@@ -201,7 +201,7 @@ def build(source: Source, tools: Tools, scratch: Path) -> Path:
 def smoke() -> None:
     """Try what fails first without the compiled part or on newer libraries; raises if it does."""
     import torch
-    from detectron2 import model_zoo
+    from detectron2.config import get_cfg
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.engine import default_argument_parser, default_setup
     from detectron2.evaluation import COCOEvaluator
@@ -209,10 +209,14 @@ def smoke() -> None:
     from detectron2.structures import Boxes, BoxMode, Instances
     from detectron2.utils.collect_env import collect_env_info
 
-    cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    cfg = get_cfg()
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.DEPTH = 18
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32 * 2**level] for level in range(5)]
     box = [8.0, 8.0, 40.0, 40.0]
     truth = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     image = {"file_name": "1.png", "image_id": 1, "height": 64, "width": 64}

@@ -68,8 +68,8 @@ def _area(sides: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]
 
 
-def loss_normalizer(total: Tensor) -> Tensor:
-    """``max(sum over processes of total, 1) / processes``, a scalar without gradient.
+def loss_normalizer(total: Tensor, minimum: float = 1.0) -> Tensor:
+    """``max(sum over processes of total, minimum) / processes``, a scalar without gradient.
 
     Dividing each process's loss sum by it, and averaging gradients over processes as DDP does,
     gives exactly the gradient of one process with the whole batch, also where some process, or
@@ -80,4 +80,4 @@ def loss_normalizer(total: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
         processes = dist.get_world_size()
-    return total.clamp(min=1) / processes
+    return total.clamp(min=minimum) / processes

@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..structures import DensePredictions, DenseTargets, foreground
-from .head import DenseHead
+from .head import DenseHead, at_least_float32
 
 __all__ = ["OneStageDetector"]
 
@@ -103,10 +103,11 @@ class OneStageDetector(DenseDetector):
     ) -> dict[str, Tensor]:
         """Assign, then evaluate the named terms."""
         with torch.autocast(predictions.boxes.device.type, enabled=False):
-            levels = features[-len(predictions.level_sizes) :]
+            levels = at_least_float32(features[-len(predictions.level_sizes) :])
             targets = self.assigner(levels, predictions, gt_instances)
-            self._log_positives(targets)
-            return {name: term(predictions, targets) for name, term in self.losses.items()}
+            losses = {name: term(predictions, targets) for name, term in self.losses.items()}
+        self._log_positives(targets)  # last, since it waits for the device
+        return losses
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: DensePredictions

@@ -6,6 +6,7 @@ truth, losses nor any paper.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ Size = tuple[int, int]
 
 def prior_bias(probability: float = 0.01) -> float:
     """The class bias that makes every class start at this probability (focal loss paper, 4.1)."""
-    return -float(torch.logit(torch.tensor(1 - probability, dtype=torch.float64)))
+    return -math.log((1 - probability) / probability)
 
 
 def map_size(feature: Tensor) -> Size:
@@ -56,12 +57,14 @@ class Context(Protocol):
         cls_channels: of the class features it makes.
         box_channels: of the box features it makes.
         cls_stride: class features have ceil(size / cls_stride) cells of their level.
+        finer_levels: maps it wants in front of the predicted levels (TSCODE: 1, C2).
     """
 
     in_channels: int
     cls_channels: int
     box_channels: int
     cls_stride: int
+    finer_levels: int
 
     def __call__(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps, finest first -> (class features, box features), one map per predicted level."""
@@ -73,7 +76,11 @@ class Context(Protocol):
 
 
 class Aligner(Protocol):
-    """Where in space each task reads its features."""
+    """Where in space each task reads its features.
+
+    It runs where the towers run, under autocast if that is on: what it computes coordinates
+    from, and the extras it returns, must be made float32 by itself.
+    """
 
     def __call__(
         self, feature: Tensor, cls_feature: Tensor, box_feature: Tensor, level: int
@@ -122,6 +129,7 @@ class SharedContext(nn.Module):
     """The plain host: both tasks read the same pyramid level (a :class:`Context`)."""
 
     cls_stride = 1
+    finer_levels = 0
 
     def __init__(self, *, channels: int) -> None:
         super().__init__()
@@ -231,9 +239,7 @@ class DenseHead(nn.Module):
             class_maps.append(self.cls_score(cls_feature, map_size(feature)))
             box_maps.append(box_feature)
         with torch.autocast(features[0].device.type, enabled=False):
-            return self._predict(
-                _at_least_float32(class_maps), _at_least_float32(box_maps), aligned
-            )
+            return self._predict(at_least_float32(class_maps), at_least_float32(box_maps), aligned)
 
     def _predict(
         self, class_maps: list[Tensor], box_maps: list[Tensor], aligned: list[Any]
@@ -249,6 +255,11 @@ class DenseHead(nn.Module):
         if self.aligner is None:
             return predictions
         decoded = self.aligner.decode(aligned, grid)
+        if both := decoded.keys() & predictions.extras.keys():
+            raise ValueError(
+                f"{type(self.predictor).__name__} and {type(self.aligner).__name__} both write "
+                f"extras {sorted(both)}; give them different names"
+            )
         return predictions._replace(extras={**predictions.extras, **decoded})
 
     def check_pyramid(self, shapes: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -263,6 +274,15 @@ class DenseHead(nn.Module):
             raise ValueError(
                 f"model.head_in_features names {unknown}, the backbone gives {sorted(shapes)}; "
                 "name levels among these, or make the backbone give more"
+            )
+        expected = self.context.finer_levels + len(self.strides)
+        if len(names) != expected:
+            raise ValueError(
+                f"model.head_in_features names {list(names)} of strides "
+                f"{tuple(shapes[name].stride for name in names)}; wanted are {expected}: "
+                f"{self.context.finer_levels} finer maps for {type(self.context).__name__} (such "
+                f"as res2), then levels of strides {self.strides}; change it or "
+                "model.head.strides"
             )
         predicted = [*names][-len(self.strides) :]
         strides = tuple(shapes[name].stride for name in predicted)
@@ -308,5 +328,6 @@ class DenseHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _at_least_float32(maps: list[Tensor]) -> list[Tensor]:
+def at_least_float32(maps: Sequence[Tensor]) -> list[Tensor]:
+    """The maps, those in half precision converted."""
     return [x if x.dtype == torch.float64 else x.float() for x in maps]
