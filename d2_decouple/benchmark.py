@@ -197,8 +197,14 @@ def _measure(row: Row, repeats: int) -> tuple[float, float]:
     return ours_ms, reference_ms
 
 
+def _peak_in_child(name: str, threads: int) -> float:
+    """Peak memory in MiB of a process that has never run anything else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak_mib, name, threads).result()
+
+
 def _peak_mib(name: str, threads: int) -> float:
-    """Peak resident memory of a process of its own that runs our side twice."""
+    """Peak resident memory of this process after two runs of our side."""
     torch.set_num_threads(threads)
     step = ROWS[name].ours()
     step(), step()
@@ -207,8 +213,7 @@ def _peak_mib(name: str, threads: int) -> float:
 
 def _result(name: str, repeats: int, threads: int) -> dict[str, Any]:
     row = ROWS[name]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        peak = pool.submit(_peak_mib, name, threads).result()
+    peak = _peak_in_child(name, threads)
     ours, reference = _measure(row, repeats)
     ratio = ours / reference
     return {

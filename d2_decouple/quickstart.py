@@ -16,13 +16,12 @@ import cv2
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_setup
 from tabulate import tabulate
 
 from .checkpoint import Checkpointer
 from .config import ConfigError, get_config
 from .data import ground_truth
-from .engine import check_recipe, lazy_recipe, train
+from .engine import check_recipe, lazy_recipe, set_up, train
 from .visualization import compare, plot_curves
 
 __all__ = ["draw_detections", "main"]
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m d2_decouple.quickstart", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--output", default="output/quickstart", help="folder of the results")
-    parser.add_argument("--iterations", type=int, default=500, help="length of the training")
+    parser.add_argument("--iterations", type=_positive, default=500, help="length of the training")
     parser.add_argument("--pictures", type=int, default=12, help="validation images to draw")
     parser.add_argument(
         "--restart", action="store_true", help="delete an earlier result instead of going on"
@@ -50,6 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text}")
+    return value
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -67,7 +73,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     )
     recipe = lazy_recipe(cfg)
     check_recipe(recipe)
-    default_setup(cfg, argparse.Namespace(eval_only=False))
+    set_up(recipe, argparse.Namespace(eval_only=False))
     # Going on from the last checkpoint makes a second call quick and an interrupted one cheap.
     results = train(recipe, resume=True)
     plot_curves(output / "metrics.json", output / "curves.png")

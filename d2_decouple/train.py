@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
 from .checkpoint import CheckpointError
 from .config import ConfigError, add_decouple_config, find_config, get_config
-from .engine import Recipe, check_recipe, evaluate, lazy_recipe, train, yacs_recipe
+from .engine import Recipe, check_recipe, evaluate, lazy_recipe, set_up, train, yacs_recipe
 from .engine.train import distributed, load_weights
 
 __all__ = ["main", "parse_arguments", "run"]
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train or evaluate in this process; ``args`` are :func:`parse_arguments`'s."""
     recipe = _recipe(args)
     check_recipe(recipe, training=not args.eval_only)
-    default_setup(recipe.config, args)
+    set_up(recipe, args)
     if not args.eval_only:
         return train(recipe, resume=args.resume)
     if not recipe.init_checkpoint and not args.resume:

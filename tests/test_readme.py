@@ -29,7 +29,7 @@ DOCUMENTS = [
 ]
 
 # Files of the reader or of a result, not of this repository.
-OF_THE_READER = ("output/", "DETECTRON2/")
+OF_THE_READER = (".venv/", "output/", "DETECTRON2/")
 
 
 def text_of(document: str) -> str:

@@ -4,9 +4,14 @@
     python3 tools/setup_env.py [--venv .venv] [--dev] [--wheel FILE]
 
 Nothing outside the environment's folder is changed. Where everything is up to date this takes a
-moment; after a failure the same command goes on where it stopped. torch is what the package index
-has under that name; D2D_TORCH names another one, for example
-D2D_TORCH="torch==2.4.1 torchvision==0.19.1", and may hold options of pip such as --index-url.
+moment; after a failure the same command goes on where it stopped.
+
+torch is what the package index has under that name. The variable D2D_TORCH names another one:
+
+    D2D_TORCH="torch==2.4.1 torchvision==0.19.1"
+    D2D_TORCH="torch torchvision --index-url URL"
+
+PyTorch's installation page has the URL of builds for the CPU, which are much smaller.
 """
 
 from __future__ import annotations
@@ -41,7 +46,14 @@ MARK = "made-by-d2-decouple"
 STAMP = "d2-decouple-stamp.json"
 LOG = "d2-decouple-setup.log"
 BUILD_TOOLS = ("pip<26", "setuptools>=77,<82", "wheel")
-STAMPED_FILES = ("setup.py", "pyproject.toml", "tools/*.py")
+STAMPED_FILES = (
+    "setup.py",
+    "pyproject.toml",
+    "tools/detectron2_source.py",
+    "tools/environment.py",
+    "tools/install_detectron2.py",
+    "tools/pip_steps.py",
+)
 TORCH_CHECK = (
     "import torch, torchvision; "
     "torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5); "
@@ -163,7 +175,7 @@ def is_up_to_date(request: Request) -> bool:
 
 def fingerprint(request: Request) -> dict[str, Any]:
     """All that decides what is installed."""
-    files = sorted(file for pattern in STAMPED_FILES for file in ROOT.glob(pattern))
+    files = [ROOT / name for name in STAMPED_FILES]
     digest = hashlib.sha256()
     for file in [*files, *([request.wheel] if request.wheel else [])]:
         digest.update(f"{file.name}\0".encode())

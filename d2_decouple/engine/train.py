@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop and the evaluation, on Detectron2's trainer and hooks."""
 
+import argparse
 import logging
 from typing import Any
 
@@ -9,19 +10,32 @@ from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
     create_ddp_model,
+    default_setup,
     default_writers,
     hooks,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import Checkpointer
 from .recipe import Recipe
 
-__all__ = ["distributed", "evaluate", "load_weights", "train"]
+__all__ = ["distributed", "evaluate", "load_weights", "set_up", "train"]
 
 _logger = logging.getLogger(__name__)
+
+
+def set_up(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Detectron2's set-up (log, seed, a backup of the config), with this package's log as well.
+
+    Args:
+        recipe: what is about to run.
+        args: command-line arguments; ``eval_only`` at least.
+    """
+    default_setup(recipe.config, args)
+    setup_logger(recipe.output_dir, distributed_rank=comm.get_rank(), name="d2_decouple")
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:

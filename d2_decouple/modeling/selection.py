@@ -8,6 +8,7 @@ candidates in between.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from detectron2.layers import batched_nms
@@ -82,14 +83,12 @@ class BestPairs:
 
     def __call__(self, scores: Tensor, level_sizes: Sequence[int]) -> Candidates:
         """(R, K) scores of one image -> scores, location indices, classes, (D,) each."""
-        found: list[Candidates] = []
-        start = 0
-        for level in scores.split(list(level_sizes)):
-            location, label = (level > self.test_score_thresh).nonzero(as_tuple=True)
-            value, order = _topk(level[location, label], self.test_topk_candidates)
-            found.append((value, location[order] + start, label[order]))
-            start += len(level)
-        return _concatenate(found)
+        return _pick_per_level(scores, level_sizes, self._pick)
+
+    def _pick(self, level: Tensor) -> Candidates:
+        location, label = (level > self.test_score_thresh).nonzero(as_tuple=True)
+        value, order = _topk(level[location, label], self.test_topk_candidates)
+        return value, location[order], label[order]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,24 +106,31 @@ class BestLocations:
 
     def __call__(self, scores: Tensor, level_sizes: Sequence[int]) -> Candidates:
         """(R, K) scores of one image -> scores, location indices, classes, (D,) each."""
-        found: list[Candidates] = []
-        start = 0
-        for level in scores.split(list(level_sizes)):
-            kept = _topk(level.amax(-1), self.test_topk_candidates)[1]
-            best = level[kept]
-            row, label = (best > self.test_score_thresh).nonzero(as_tuple=True)
-            found.append((best[row, label], kept[row] + start, label))
-            start += len(level)
-        return _concatenate(found)
+        return _pick_per_level(scores, level_sizes, self._pick)
+
+    def _pick(self, level: Tensor) -> Candidates:
+        kept = _topk(level.amax(-1), self.test_topk_candidates)[1]
+        best = level[kept]
+        row, label = (best > self.test_score_thresh).nonzero(as_tuple=True)
+        return best[row, label], kept[row], label
 
 
 def _topk(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return values.topk(min(limit, len(values)))
 
 
-def _concatenate(found: list[Candidates]) -> Candidates:
-    scores, locations, classes = zip(*found, strict=True)
-    return torch.cat(scores), torch.cat(locations), torch.cat(classes)
+def _pick_per_level(
+    scores: Tensor, level_sizes: Sequence[int], pick: Callable[[Tensor], Candidates]
+) -> Candidates:
+    """Candidates of all levels; ``pick`` counts locations from the start of its level."""
+    found = []
+    for start, level in zip(
+        [0, *accumulate(level_sizes)], scores.split(list(level_sizes)), strict=False
+    ):
+        value, location, label = pick(level)
+        found.append((value, location + start, label))
+    values, locations, labels = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(locations), torch.cat(labels)
 
 
 @dataclass(frozen=True, kw_only=True)

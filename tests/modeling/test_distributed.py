@@ -74,7 +74,7 @@ def halves(tmp_path_factory):
     """Gradients and losses of each process, of every model and case."""
     folder = tmp_path_factory.mktemp("distributed")
     torch.multiprocessing.spawn(train_half, args=(str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
 @pytest.mark.parametrize("case", OBJECTS)

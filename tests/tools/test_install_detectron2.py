@@ -1,129 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectron2's installation: the patches, the checks, and what each failure says.
+"""Detectron2's installation: where it comes from, how it is built, what each failure says.
 
-Nothing here changes the environment that the tests run in. Set D2D_DETECTRON2_ARCHIVE to a
-downloaded pb1-detectron2-0.6.tar.gz to try the patches on the real source as well.
+Nothing here changes the environment that the tests run in.
 """
 
 from __future__ import annotations
 
 import ast
 import errno
+import hashlib
 import http.server
-import importlib
 import importlib.util
-import io
-import os
 import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 import threading
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-SCRIPT = TOOLS / "install_detectron2.py"
-sys.path.append(str(TOOLS))
-
-install_detectron2 = importlib.import_module("install_detectron2")
-source = importlib.import_module("detectron2_source")
-pip_steps = importlib.import_module("pip_steps")
-
-KEPT_SOURCE = Path(sys.prefix) / "share" / "detectron2-src"
-ARCHIVE = Path(os.environ.get("D2D_DETECTRON2_ARCHIVE", "not given"))
-
-# What the patches change, as the snapshot has it, among lines that must stay as they are.
-SNAPSHOT = {
-    "setup.py": "raise SystemExit('compiles')\n",
-    "detectron2/__init__.py": '__version__ = "0.6"\n',
-    "detectron2/structures/masks.py": (
-        "a = x.astype(np.bool)\nb = np.bool_(x)\nc = np.float32(np.float(x))\n"
-        "d = np.int64, np.int, np.object, np.str, np.integer\n"
-    ),
-    "detectron2/layers/mask_ops.py": "    mask = np.array(mask, copy=False)\n",
-    "detectron2/data/transforms/transform.py": (
-        "def __init__(self, src_rect, output_size, interp=Image.LINEAR, fill=0):\n"
-    ),
-    "detectron2/model_zoo/__init__.py": "",
-    "detectron2/model_zoo/model_zoo.py": (
-        "import os\nimport pkg_resources\nimport torch\n\n\n"
-        "def get_config_file(config_path):\n"
-        "    cfg_file = pkg_resources.resource_filename(\n"
-        '        "detectron2.model_zoo", os.path.join("configs", config_path)\n'
-        "    )\n"
-        "    return cfg_file\n"
-    ),
-    "detectron2/model_zoo/configs/Base.yaml": "VERSION: 2\n",
-    "detectron2/evaluation/fast_eval_api.py": (
-        "from pycocotools.cocoeval import COCOeval\n\nfrom detectron2 import _C\n"
-    ),
-    "detectron2/evaluation/coco_evaluation.py": (
-        "from pycocotools.cocoeval import COCOeval\n"
-        "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
-        "\nfrom .evaluator import DatasetEvaluator\n\n\n"
-        "class COCOEvaluator(DatasetEvaluator):\n"
-        "    def __init__(self, use_fast_impl=True):\n"
-        "        self._use_fast_impl = use_fast_impl\n"
-    ),
-    "detectron2/export/__init__.py": (
-        "# exports\nfrom .api import *\nfrom .flatten import TracingAdapter\n"
-    ),
-    "projects/PointRend/point_rend/__init__.py": "",
-    "projects/DeepLab/deeplab/__init__.py": "",
-    "projects/Panoptic-DeepLab/panoptic_deeplab/__init__.py": "",
-    "tools/train_net.py": "",
-}
-HEAD_SETUP = (
-    "raise SystemExit('this setup.py cannot compile')\n"
-    'requirements = [\n        "iopath>=0.1.7,<0.1.10",\n        "black",\n]\n'
+from helpers_of_tools import (
+    HEAD_SETUP,
+    SNAPSHOT,
+    closed_address,
+    install_detectron2,
+    only_index,
+    pip_steps,
+    run_tool,
+    write_archive,
+    write_tree,
 )
 
-
-def write_tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def write_archive(file: Path, files: dict[str, str], folder: str = "detectron2-1") -> Path:
-    with tarfile.open(file, "w:gz") as tar:
-        for name, text in files.items():
-            member = tarfile.TarInfo(f"{folder}/{name}" if folder else name)
-            member.size = len(text.encode())
-            tar.addfile(member, io.BytesIO(text.encode()))
-    return file
-
-
-def load(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+KEPT_SOURCE = Path(sys.prefix) / "share" / "detectron2-src"
 
 
 def run_script(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-@pytest.fixture
-def snapshot(tmp_path: Path) -> Path:
-    return write_tree(tmp_path / "snapshot", SNAPSHOT)
+    return run_tool("install_detectron2.py", *arguments, **variables)
 
 
 @pytest.fixture
@@ -168,193 +83,10 @@ def serve() -> Iterator[Callable[[dict[str, bytes]], str]]:
 @pytest.fixture
 def unreachable() -> dict[str, str]:
     """Environment variables with which neither GitHub nor a package index can be reached."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    return {
-        "https_proxy": nowhere,
-        "HTTPS_PROXY": nowhere,
-        "no_proxy": "127.0.0.1",
-        "NO_PROXY": "127.0.0.1",
-        **only_index(f"{nowhere}/simple"),
-    }
-
-
-def only_index(url: str) -> dict[str, str]:
-    return {
-        "PIP_INDEX_URL": url,
-        "PIP_EXTRA_INDEX_URL": "",
-        "PIP_FIND_LINKS": "",
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_RETRIES": "1",
-        "PIP_NO_CACHE_DIR": "1",
-    }
-
-
-# --- patches ---------------------------------------------------------------------------------
-
-
-def test_numpy_aliases(snapshot: Path) -> None:
-    source.patch_numpy_aliases(snapshot)
-    assert (snapshot / "detectron2/structures/masks.py").read_text() == (
-        "a = x.astype(bool)\nb = np.bool_(x)\nc = np.float32(float(x))\n"
-        "d = np.int64, int, object, str, np.integer\n"
-    )
-
-
-def test_numpy_copy(snapshot: Path) -> None:
-    source.patch_numpy_copy(snapshot)
-    text = (snapshot / "detectron2/layers/mask_ops.py").read_text()
-    assert text == "    mask = np.asarray(mask)\n"
-
-
-def test_pillow_linear(snapshot: Path) -> None:
-    source.patch_pillow_linear(snapshot)
-    text = (snapshot / "detectron2/data/transforms/transform.py").read_text()
-    assert "interp=Image.BILINEAR, fill=0" in text
-
-
-def test_model_zoo_needs_no_pkg_resources(snapshot: Path) -> None:
-    source.patch_model_zoo(snapshot)
-    path = snapshot / "detectron2/model_zoo/model_zoo.py"
-    assert "pkg_resources" not in path.read_text()
-    found = Path(load(path).get_config_file("Base.yaml"))
-    assert found == snapshot / "detectron2/model_zoo/configs/Base.yaml"
-
-
-def test_stub_says_what_is_missing(snapshot: Path) -> None:
-    source.patch_compiled_part(snapshot)
-    stub = load(snapshot / "detectron2" / "_C.py")
-    for answer in (stub.get_compiler_version(), stub.get_cuda_version()):
-        assert "without the compiled part" in answer
-    assert stub.has_cuda() is False
-    assert not hasattr(stub, "nms_rotated")
-    with pytest.raises(AttributeError, match=r"_C\.box_iou_rotated is missing.*C\+\+ compiler"):
-        stub.box_iou_rotated(1, 2)
-
-
-def test_evaluation_falls_back(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two patched modules, run among stand-ins for all that they import."""
-    source.patch_compiled_part(snapshot)
-    source.patch_fast_evaluation(snapshot)
-    stub = load(snapshot / "detectron2" / "_C.py")
-    official = type("COCOeval", (), {})
-    evaluator = type("DatasetEvaluator", (), {})
-    for name, content in {
-        "pycocotools.cocoeval": {"COCOeval": official},
-        "detectron2": {"_C": stub},
-        "detectron2.evaluation": {},
-        "detectron2.evaluation.evaluator": {"DatasetEvaluator": evaluator},
-    }.items():
-        module = ModuleType(name)
-        module.__dict__.update(content, __path__=[])
-        monkeypatch.setitem(sys.modules, name, module)
-    sys.modules["detectron2.evaluation"].__path__ = [str(snapshot / "detectron2/evaluation")]
-    for name in ("fast_eval_api", "coco_evaluation"):
-        monkeypatch.delitem(sys.modules, f"detectron2.evaluation.{name}", raising=False)
-
-    with pytest.raises(ImportError, match="compiled part"):
-        importlib.import_module("detectron2.evaluation.fast_eval_api")
-    module = importlib.import_module("detectron2.evaluation.coco_evaluation")
-    monkeypatch.delitem(sys.modules, "detectron2.evaluation.coco_evaluation")
-    assert module.COCOeval_opt is official
-    assert module.COCOEvaluator(use_fast_impl=True)._use_fast_impl is False
-
-
-def test_export_without_caffe2(snapshot: Path) -> None:
-    source.patch_caffe2(snapshot)
-    tree = ast.parse((snapshot / "detectron2/export/__init__.py").read_text())
-    assert [type(statement) for statement in tree.body] == [ast.Try, ast.ImportFrom]
-
-
-def test_requirements_of_head(tmp_path: Path) -> None:
-    root = write_tree(tmp_path, {"setup.py": HEAD_SETUP})
-    source.patch_requirements(root)
-    text = (root / "setup.py").read_text()
-    assert '"iopath>=0.1.7",' in text
-    assert "black" not in text
-
-
-PATCHES = [
-    "patch_numpy_aliases",
-    "patch_numpy_copy",
-    "patch_pillow_linear",
-    "patch_model_zoo",
-    "patch_compiled_part",
-    "patch_fast_evaluation",
-    "patch_caffe2",
-    "patch_requirements",
-]
-
-
-@pytest.mark.parametrize("name", PATCHES)
-def test_patch_that_finds_nothing_is_an_error(name: str, snapshot: Path) -> None:
-    """Applied twice: the second time what it replaces is gone."""
-    (snapshot / "setup.py").write_text(HEAD_SETUP)
-    patch = getattr(source, name)
-    patch(snapshot)
-    with pytest.raises(
-        source.SourceError, match=r"once, and contains it 0|No alias|exists already"
-    ):
-        patch(snapshot)
-
-
-def test_every_patch_of_the_snapshot_is_applied_and_tested() -> None:
-    applied = {patch.__name__ for patch in source._SNAPSHOT_PATCHES} | {"patch_requirements"}
-    assert applied == set(PATCHES)
-
-
-def test_patch_without_its_file(snapshot: Path) -> None:
-    (snapshot / "detectron2/layers/mask_ops.py").unlink()
-    with pytest.raises(source.SourceError, match=r"mask_ops\.py is missing"):
-        source.patch_snapshot(snapshot)
-
-
-def test_real_archive(tmp_path: Path) -> None:
-    if not ARCHIVE.is_file():
-        pytest.skip("D2D_DETECTRON2_ARCHIVE does not name a source archive")
-    made = install_detectron2.from_snapshot(ARCHIVE, tmp_path)
-    assert not made.compilable
-    for path in (made.root / "detectron2").rglob("*.py"):
-        text = path.read_text()
-        ast.parse(text, str(path))
-        assert "pkg_resources" not in text, path
-        assert "Image.LINEAR" not in text, path
-    for name in ("train_net.py", "lazyconfig_train_net.py"):
-        assert (made.root / "tools" / name).is_file()
-
-
-# --- archives --------------------------------------------------------------------------------
-
-
-def test_unpack(tmp_path: Path) -> None:
-    root = source.unpack(write_archive(tmp_path / "a.tar.gz", SNAPSHOT), tmp_path / "out")
-    assert root == tmp_path / "out" / "detectron2-1"
-    assert (root / "setup.py").read_text() == SNAPSHOT["setup.py"]
-
-
-@pytest.mark.parametrize("name", ["../evil.py", "detectron2-1/../../evil.py"])
-def test_unpack_stays_in_its_folder(name: str, tmp_path: Path) -> None:
-    if not hasattr(tarfile, "data_filter"):
-        pytest.skip("this Python's tarfile cannot refuse names that lead outside")
-    archive = write_archive(tmp_path / "a.tar.gz", {name: "", **SNAPSHOT}, folder="")
-    with pytest.raises(source.SourceError, match="outside the destination"):
-        source.unpack(archive, tmp_path / "deep" / "out")
-    assert not list(tmp_path.rglob("evil.py"))
-
-
-def test_unpack_of_something_else(tmp_path: Path) -> None:
-    other = write_archive(tmp_path / "other.tar.gz", {"README": "", "setup.py": ""}, "other-1")
-    with pytest.raises(source.SourceError, match=r"other\.tar\.gz should hold.*it holds: other-1"):
-        source.unpack(other, tmp_path / "a")
-    page = tmp_path / "page.tar.gz"
-    page.write_bytes(b"<html>Please log in</html>")
-    with pytest.raises(source.SourceError, match=r"page\.tar\.gz cannot be unpacked"):
-        source.unpack(page, tmp_path / "b")
-    whole = write_archive(tmp_path / "cut.tar.gz", SNAPSHOT).read_bytes()
-    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(source.SourceError, match=r"cut\.tar\.gz cannot be unpacked"):
-        source.unpack(tmp_path / "cut.tar.gz", tmp_path / "c")
+    address = closed_address()
+    proxy = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), address)
+    direct = dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1")
+    return {**proxy, **direct, **only_index(address)}
 
 
 def test_wrong_hash_of_a_given_archive(tmp_path: Path) -> None:
@@ -364,7 +96,7 @@ def test_wrong_hash_of_a_given_archive(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Nothing was installed" in done.stderr
     assert f"wanted: {install_detectron2.SNAPSHOT_SHA256}" in done.stderr
-    got = importlib.import_module("hashlib").sha256(archive.read_bytes()).hexdigest()
+    got = hashlib.sha256(archive.read_bytes()).hexdigest()
     assert f"got:    {got}" in done.stderr
     assert not kept.exists()
 
@@ -376,10 +108,10 @@ def test_wrong_hash_of_a_download(
     name = "pb1-detectron2-0.6.tar.gz"
     page = f'<html><body><a href="/files/{name}">{name}</a></body></html>'.encode()
     url = serve({"/simple/pb1-detectron2/": page, f"/files/{name}": archive})
-    variables = unreachable | only_index(f"{url}/simple")
+    variables = unreachable | only_index(url)
     done = run_script("--force", "--keep-source", tmp_path / "kept", **variables)
     assert done.returncode == 1, done.stdout
-    got = importlib.import_module("hashlib").sha256(archive).hexdigest()
+    got = hashlib.sha256(archive).hexdigest()
     assert f"wanted: {install_detectron2.SNAPSHOT_SHA256}" in done.stderr
     assert f"got:    {got}" in done.stderr
     assert "nothing was installed" in done.stderr
@@ -391,9 +123,6 @@ def test_archive_that_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "There is no file" in done.stderr
     assert "no.tar.gz" in done.stderr
-
-
-# --- where the source comes from -------------------------------------------------------------
 
 
 def test_no_network(tmp_path: Path, unreachable: dict[str, str]) -> None:
@@ -498,9 +227,6 @@ def test_download_by_an_older_pip(
         assert command[-3:] == ["--target", older, "pip<26"]
 
 
-# --- building --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
 def test_without_a_compiler_the_python_part_is_built(
     compiler: str,
@@ -528,20 +254,6 @@ def test_without_a_compiler_the_python_part_is_built(
     assert "detectron2/model_zoo/configs/Base.yaml" in names
     assert "detectron2/projects/point_rend/__init__.py" in names
     assert not (root / "build").exists()
-
-
-def test_configs_beside_the_package_move_into_it(tmp_path: Path) -> None:
-    """In the repository they lie outside, where only Detectron2's own setup.py finds them."""
-    files = {name: text for name, text in SNAPSHOT.items() if "configs" not in name}
-    root = write_tree(tmp_path, {**files, "configs/Base.yaml": "VERSION: 2\n"})
-    source.make_pure(root)
-    assert (root / "detectron2/model_zoo/configs/Base.yaml").is_file()
-    shutil.rmtree(root / "detectron2/model_zoo/configs")
-    with pytest.raises(source.SourceError, match="recipes"):
-        source.make_pure(root)
-
-
-# --- refusals and failures -------------------------------------------------------------------
 
 
 def test_installed_already() -> None:
@@ -600,9 +312,6 @@ def test_archive_and_github_exclude_each_other() -> None:
     done = run_script("--archive", "a.tar.gz", "--source", "github")
     assert done.returncode == 2
     assert "--archive goes with --source archive" in done.stderr
-
-
-# --- the installed Detectron2 ----------------------------------------------------------------
 
 
 def test_smoke() -> None:

@@ -1,66 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The set-up of the environment: what it keeps away, when it has nothing to do, how it fails.
+"""The set-up of the environment: when it has nothing to do, what it keeps, how it fails.
 
 Nothing is downloaded, and the environment that the tests run in is not changed.
 """
 
 from __future__ import annotations
 
-import ast
 import errno
-import importlib
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers_of_tools import (
+    ROOT,
+    closed_address,
+    environment,
+    fake_program,
+    only_index,
+    pip_steps,
+    run_tool,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tools"
-SCRIPT = TOOLS / "setup_env.py"
-sys.path.append(str(TOOLS))
-
-environment = importlib.import_module("environment")
-pip_steps = importlib.import_module("pip_steps")
-require_python = importlib.import_module("require_python")
-
-
-def fake_program(path: Path, says: str, status: int = 1) -> Path:
-    """A program that prints and ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\ncat <<'END'\n{says}\nEND\nexit {status}\n")
-    path.chmod(0o755)
-    return path
+ALL = ["venv", "build_tools", "torch", "detectron2", "package"]
 
 
 def run_script(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def no_network() -> dict[str, str]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/simple"
-    return {
-        "PIP_INDEX_URL": url,
-        "PIP_EXTRA_INDEX_URL": "",
-        "PIP_FIND_LINKS": "",
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_RETRIES": "1",
-        "PIP_NO_CACHE_DIR": "1",
-    }
+    return run_tool("setup_env.py", *arguments, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +45,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small stand-in for the checkout, whose files the stamp covers."""
     root = tmp_path / "checkout"
     (root / "tools").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "tools/environment.py"):
+    for name in environment.STAMPED_FILES:
+        assert (ROOT / name).is_file(), name
         (root / name).write_text("as it was\n")
     monkeypatch.setattr(environment, "ROOT", root)
     return root
@@ -103,12 +73,6 @@ def actions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-ALL = ["venv", "build_tools", "torch", "detectron2", "package"]
-
-
-# --- the stamp -------------------------------------------------------------------------------
-
-
 def set_up(request: environment.Request) -> None:
     environment.set_up(request, environment.Progress())
 
@@ -125,13 +89,13 @@ def test_second_call_has_nothing_to_do(
     assert "is up to date" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["setup.py", "pyproject.toml", "tools/environment.py", "new"])
+@pytest.mark.parametrize("name", environment.STAMPED_FILES)
 def test_changed_files_are_noticed(
     name: str, tmp_path: Path, checkout: Path, actions: list[str]
 ) -> None:
     request = environment.Request(tmp_path / "venv")
     set_up(request)
-    (checkout / name.replace("new", "tools/new.py")).write_text("as it is now\n")
+    (checkout / name).write_text("as it is now\n")
     set_up(request)
     assert actions == ALL * 2
 
@@ -233,7 +197,12 @@ def test_damaged_torch_is_noticed(tmp_path: Path) -> None:
     assert f"Delete {request.venv}" in str(caught.value)
 
 
-# --- the virtual environment -----------------------------------------------------------------
+def test_stamp_is_readable_by_people(tmp_path: Path, checkout: Path, actions: list[str]) -> None:
+    request = environment.Request(tmp_path / "venv", torch="torch==2.4.1")
+    set_up(request)
+    stamp = json.loads((request.venv / environment.STAMP).read_text())
+    assert stamp["torch"] == "torch==2.4.1"
+    assert stamp["package"] == str(checkout)
 
 
 def test_venv_is_made_and_kept(real_venv: Path) -> None:
@@ -284,61 +253,6 @@ def test_python_without_ensurepip(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     name = f"python3.{sys.version_info.minor}-venv"
     with pytest.raises(pip_steps.StepError, match=f"sudo apt install {name}"):
         environment._make_venv(environment.Request(tmp_path / "venv"))
-
-
-def test_what_the_user_set_does_not_leak(
-    real_venv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A package goes into the environment although everything says otherwise."""
-    venv = tmp_path / "venv"
-    shutil.copytree(real_venv, venv, symlinks=True)
-    wheel = tmp_path / "leaf-1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as file:
-        file.writestr("leaf.py", "")
-        file.writestr(
-            "leaf-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: leaf\nVersion: 1\n"
-        )
-        file.writestr(
-            "leaf-1.dist-info/WHEEL",
-            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        file.writestr("leaf-1.dist-info/RECORD", "")
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "pip.py").write_text("raise SystemExit('the wrong pip')\n")
-    config = tmp_path / "pip.conf"
-    config.write_text("[global]\nuser = true\n")
-    for name, value in {
-        "PIP_CONFIG_FILE": config,
-        "PIP_NO_INDEX": "1",
-        "PIP_PREFIX": tmp_path / "prefix",
-        "PIP_REQUIRE_VIRTUALENV": "1",
-        "PIP_TARGET": tmp_path / "target",
-        "PIP_USER": "1",
-        "PYTHONHOME": tmp_path / "home",
-        "PYTHONPATH": tmp_path / "path",
-        "PYTHONUSERBASE": tmp_path / "base",
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    request = environment.Request(venv)
-    tools = pip_steps.Tools(request.python, venv / "log")
-    tools.pip("install", str(wheel), what="installing leaf")
-    assert len(list(venv.glob("lib/python*/site-packages/leaf.py"))) == 1
-    assert not any((tmp_path / name).exists() for name in ("prefix", "target", "base"))
-
-
-def test_what_says_how_to_reach_the_index_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = {
-        "PIP_INDEX_URL": "a",
-        "HTTPS_PROXY": "b",
-        "PIP_CERT": "c",
-        "PIP_REQUIRE_VIRTUALENV": "1",
-    }
-    for name, value in kept.items():
-        monkeypatch.setenv(name, value)
-    assert kept.items() <= pip_steps.clean_environment(Path(sys.executable)).items()
-
-
-# --- what is installed -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -393,12 +307,9 @@ def test_wheel_that_is_not_there() -> None:
     assert "there is no wheel no.whl" in done.stderr
 
 
-# --- failures --------------------------------------------------------------------------------
-
-
 def test_no_network(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
-    done = run_script("--venv", venv, **no_network())
+    done = run_script("--venv", venv, **only_index(closed_address()))
     assert done.returncode == 1
     assert "[2/5] pip, setuptools, wheel ... failed" in done.stdout
     assert "installing pip, setuptools and wheel: no network" in done.stderr
@@ -409,55 +320,6 @@ def test_no_network(tmp_path: Path) -> None:
     assert f"full output: {log}" in done.stderr
     assert "Connection refused" in log.read_text()
     assert not (venv / environment.STAMP).exists()
-
-
-PIP_SAYS = {
-    "the disk is full": (
-        "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
-    ),
-    "certificate was refused": (
-        "WARNING: Retrying after connection broken by 'SSLError(SSLCertVerificationError(1, "
-        "'[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed'))'\n"
-        "ERROR: No matching distribution found for torch"
-    ),
-    "no network": (
-        "WARNING: Retrying after connection broken by 'NewConnectionError('Failed to establish a "
-        "new connection: [Errno -3] Temporary failure in name resolution')'\n"
-        "ERROR: No matching distribution found for torch"
-    ),
-    "the package index has no torch for Python 3": (
-        "ERROR: Could not find a version that satisfies the requirement torch (from versions: "
-        "none)\nERROR: No matching distribution found for torch"
-    ),
-    "compiling failed": "error: command '/usr/bin/gcc' failed with exit code 1",
-    "ValueError: of a kind that nobody has seen": (
-        "  error: subprocess-exited-with-error\n  ValueError: of a kind that nobody has seen\n"
-        "  [end of output]\n" + "  note: This is likely not a problem with pip.\n" * 9
-    ),
-}
-
-
-@pytest.mark.parametrize("reason", list(PIP_SAYS))
-def test_failure_of_pip_is_explained(reason: str, tmp_path: Path) -> None:
-    python = fake_program(tmp_path / "python", PIP_SAYS[reason])
-    tools = pip_steps.Tools(python, tmp_path / "log")
-    with pytest.raises(pip_steps.StepError, match=f"(?s)^installing torch: .*{reason}") as caught:
-        tools.pip("install", "torch", what="installing torch")
-    assert str(tools.log) in str(caught.value)
-    assert PIP_SAYS[reason] in tools.log.read_text()
-
-
-def test_disk_full_says_what_is_free_and_what_is_needed(tmp_path: Path) -> None:
-    said = pip_steps.explain("OSError: [Errno 28] No space left on device", tmp_path)
-    assert f"{pip_steps.free_gib(tmp_path):.1f} GiB free at {tmp_path}" in said
-    assert "about 6 GiB with CUDA" in said
-    for remedy in ("pip cache purge", "TMPDIR", "D2D_TORCH"):
-        assert remedy in said
-
-
-def test_early_trouble_that_a_retry_cured_is_not_the_reason() -> None:
-    output = f"{PIP_SAYS['no network'].splitlines()[0]}\n" + "Downloading\n" * 50 + "ERROR: other"
-    assert "no network" not in pip_steps.explain(output, Path())
 
 
 def test_disk_full_in_our_own_writing(
@@ -503,90 +365,3 @@ def test_failure_of_detectron2_names_both_logs(
     with pytest.raises(pip_steps.StepError, match=r"install_detectron2\.log"):
         environment._install_detectron2(tools, environment.Progress())
     assert says in capsys.readouterr().out
-
-
-# --- an older Python -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("script", ["setup_env.py", "install_detectron2.py"])
-def test_older_python_gets_a_message(script: str, tmp_path: Path) -> None:
-    """The version is faked: what is tried is the order of imports and the message."""
-    good = fake_program(tmp_path / "python3.12", "", status=0)
-    fake_program(tmp_path / "python3.13", "a version manager's placeholder", status=127)
-    code = (
-        "import os, runpy, shutil, subprocess, sys; sys.version_info = (3, 8, 18, 'final', 0); "
-        f"runpy.run_path({str(TOOLS / script)!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PATH": f"{tmp_path}", "PYTHONPATH": str(TOOLS)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1
-    assert "Python 3.10 or newer is needed" in done.stderr
-    assert f"{sys.executable} is Python 3.8.18" in done.stderr
-    assert f"On your path there is: {good.name}\n" in done.stderr
-    assert "make setup PYTHON=python3.12" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_older_python_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "On your path there is none. Install one" in require_python.problem((3, 9, 18))
-    assert require_python.problem((3, 10, 0)) == ""
-
-
-@pytest.mark.parametrize("name", ["setup_env", "require_python", "install_detectron2"])
-def test_older_python_can_parse(name: str) -> None:
-    ast.parse((TOOLS / f"{name}.py").read_text(), feature_version=(3, 6))
-    assert "from __future__ import annotations" not in (TOOLS / f"{name}.py").read_text()
-
-
-# --- the Makefile ----------------------------------------------------------------------------
-
-
-def run_make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    if shutil.which("make") is None:
-        pytest.skip("make is not installed")
-    return subprocess.run(
-        ["make", "-C", str(ROOT), "--no-print-directory", *arguments],
-        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_make_lists_its_targets() -> None:
-    said = run_make().stdout
-    for name in ("setup", "run", "test", "test-head", "lint", "benchmark", "wheel", "clean"):
-        assert f"make {name} " in said
-
-
-@pytest.mark.parametrize("name", ["run", "test", "lint", "benchmark", "wheel"])
-def test_make_sets_up_first(name: str) -> None:
-    commands = run_make("-n", name, "PYTHON=python3.99").stdout.splitlines()
-    assert commands[0] == "python3.99 tools/setup_env.py --venv .venv --dev"
-    assert all(command.startswith(".venv/bin/python ") for command in commands[1:])
-    assert len(commands) > 1
-
-
-def test_make_with_another_detectron2(tmp_path: Path) -> None:
-    done = run_make("test-head", f"DETECTRON2={tmp_path}", "PYTHON=no-python")
-    assert done.returncode != 0
-    assert f"There is no Detectron2 in '{tmp_path}'" in done.stderr
-    assert "make test-head DETECTRON2=DIR" in done.stderr
-    (tmp_path / "detectron2").mkdir()
-    (tmp_path / "detectron2" / "__init__.py").touch()
-    commands = run_make("-n", "test-head", f"DETECTRON2={tmp_path}").stdout
-    assert f'PYTHONPATH="{tmp_path}" .venv/bin/python -m pytest tests' in commands
-
-
-def test_stamp_is_readable_by_people(tmp_path: Path, checkout: Path, actions: list[str]) -> None:
-    request = environment.Request(tmp_path / "venv", torch="torch==2.4.1")
-    set_up(request)
-    stamp = json.loads((request.venv / environment.STAMP).read_text())
-    assert stamp["torch"] == "torch==2.4.1"
-    assert stamp["package"] == str(checkout)

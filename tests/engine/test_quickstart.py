@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration leaves what it promises, and a second call goes on from the first."""
+
+import json
+
+import cv2
+import pytest
+
+from d2_decouple.quickstart import main
+
+
+def test_quickstart_leaves_what_it_promises(tmp_path, capsys):
+    output = tmp_path / "quickstart"
+    options = ["--output", str(output), "--pictures", "2"]
+    assert main([*options, "--iterations", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "AP50" in printed
+    assert f"2 in {output / 'pictures'}" in printed
+    assert {"metrics.json", "log.txt", "config.yaml", "model_final.pth", "curves.png"} <= {
+        path.name for path in output.iterdir()
+    }
+    assert cv2.imread(str(output / "curves.png")).shape[1] > 1000
+    pictures = sorted((output / "pictures").iterdir())
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert cv2.imread(str(picture)).shape[1] > 1200  # ground truth beside predictions
+
+    weights = (output / "model_final.pth").read_bytes()
+    assert main([*options, "--iterations", "2"]) == 0
+    assert "2 iterations is complete" in (output / "log.txt").read_text()
+    assert (output / "model_final.pth").read_bytes() == weights
+
+    assert main([*options, "--iterations", "3", "--restart"]) == 0
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert max(line["iteration"] for line in lines) == 2
+    assert "2 iterations is complete" not in (output / "log.txt").read_text()
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["--output", str(tmp_path / "file"), "--iterations", "1"]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_a_length_that_is_none_is_refused(value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--output", str(tmp_path), "--iterations", value])
+    assert stop.value.code == 2
+    assert "--iterations" in capsys.readouterr().err
