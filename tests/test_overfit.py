@@ -11,7 +11,7 @@ from d2_decouple.config import get_config
 from d2_decouple.data import BCCD_CLASSES
 from d2_decouple.engine import lazy_recipe, train
 
-RECIPES = {"fcos_R_18_FPN_bccd": 100}
+RECIPES = {"fcos_R_18_FPN_bccd": 130}
 
 
 @pytest.fixture

@@ -30,10 +30,16 @@ def test_quickstart_leaves_what_it_promises(tmp_path, capsys):
     assert "2 iterations is complete" in (output / "log.txt").read_text()
     assert (output / "model_final.pth").read_bytes() == weights
 
-    assert main([*options, "--iterations", "3", "--restart"]) == 0
+
+def test_restart_forgets_what_was_there(tmp_path):
+    output = tmp_path / "again"
+    output.mkdir()
+    (output / "last_checkpoint").write_text("of_another_training.pth")
+    (output / "metrics.json").write_text('{"iteration": 400, "total_loss": 1.0}\n')
+    options = ["--output", str(output), "--pictures", "0", "--iterations", "1"]
+    assert main([*options, "--restart"]) == 0
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert max(line["iteration"] for line in lines) == 3  # the evaluation behind the last step
-    assert "2 iterations is complete" not in (output / "log.txt").read_text()
+    assert max(line["iteration"] for line in lines) == 1  # the evaluation behind the only step
 
 
 def test_an_output_that_is_a_file_is_named(tmp_path, capsys):
