@@ -208,7 +208,8 @@ def _peak_mib(name: str, threads: int) -> float:
     torch.set_num_threads(threads)
     step = ROWS[name].ours()
     step(), step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _result(name: str, repeats: int, threads: int) -> dict[str, Any]:

@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+_SUFFIXES = (".py", ".yaml", ".yml")
+
+
 class ConfigError(ValueError):
     """A recipe, key or value that does not exist; the message says what to type instead."""
 
@@ -76,8 +79,13 @@ def find_config(name: str | Path) -> Path:
     """
     path = Path(name)
     if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise ConfigError(
+                f"{path} is no config: wanted a file that ends in {', '.join(_SUFFIXES)}, or the "
+                "name of a recipe"
+            )
         return path.resolve()
-    suffix = path.suffix if path.suffix in (".py", ".yaml", ".yml") else ".py"
+    suffix = path.suffix if path.suffix in _SUFFIXES else ".py"
     stem = path.name.removesuffix(path.suffix) if path.suffix == suffix else path.name
     recipes = _recipe_files(suffix)
     if path.parent == Path() and stem in recipes:
@@ -124,6 +132,7 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
     """
     from detectron2.config import LazyConfig
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -139,7 +148,7 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
         _check_key(cfg, key.lstrip("+"), override)
     try:
         return LazyConfig.apply_overrides(cfg, list(overrides))
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(
             f"among the overrides {list(overrides)} one has a value that cannot be read ({error}); "
             "put values with brackets, quotes or spaces in quotes: key='\"value\"'"
@@ -211,8 +220,16 @@ def add_decouple_config(cfg: Any) -> None:
     * ``NUM_CLASSES``, ``SCORE_THRESH_TEST``, ``NMS_THRESH_TEST``: replace the recipe's value
       when they are not None.
     * ``OVERRIDES``: a list of ``model.key=value`` for everything else.
+
+    This one call is all that another launcher needs: it also registers the meta-architectures
+    and the data sets of the recipes.
     """
     from detectron2.config import CfgNode
+
+    from . import modeling  # noqa: F401 - registers
+    from .data import register_bccd
+
+    register_bccd()
 
     cfg.MODEL.DECOUPLE = CfgNode()
     cfg.MODEL.DECOUPLE.MODEL_FILE = ""

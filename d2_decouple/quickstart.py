@@ -65,12 +65,12 @@ def _quickstart(args: argparse.Namespace) -> None:
         [
             "dataloader.train.dataset.names=bccd_mini_train",
             "dataloader.test.dataset.names=bccd_mini_val",
-            f"train.output_dir={output}",
             f"train.max_iter={args.iterations}",
             "train.eval_period=100",
             "train.checkpointer.period=100",
         ],
     )
+    cfg.train.output_dir = str(output)  # not as an override, whose grammar some names offend
     recipe = lazy_recipe(cfg)
     check_recipe(recipe)
     set_up(recipe, argparse.Namespace(eval_only=False))

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
 from .checkpoint import CheckpointError
-from .config import ConfigError, add_decouple_config, find_config, get_config
+from .config import ConfigError, add_decouple_config, find_config, get_config, nearest
 from .engine import Recipe, check_recipe, evaluate, lazy_recipe, set_up, train, yacs_recipe
 from .engine.train import distributed, load_weights
 
@@ -59,11 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.config_file = str(find_config(args.config_file))
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return _in_torchrun(args)
-        if args.num_gpus > max(1, torch.cuda.device_count()):
+        gpus = torch.cuda.device_count()
+        if args.num_gpus > max(1, gpus) or (args.num_machines > 1 and not gpus):
             raise ConfigError(
-                f"--num-gpus {args.num_gpus}, but torch sees {torch.cuda.device_count()} GPUs; for "
-                f"several processes on CPUs type: torchrun --nproc-per-node {args.num_gpus} "
-                "-m d2_decouple.train ..."
+                f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}, but torch sees "
+                f"{gpus} GPUs; for several processes on CPUs type: torchrun --nnodes "
+                f"{args.num_machines} --nproc-per-node {args.num_gpus} -m d2_decouple.train ..."
             )
         launch(
             run,
@@ -80,13 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _in_torchrun(args: argparse.Namespace) -> int:
-    on_gpu = torch.cuda.is_available()
+    on_gpu = _recipe(args).device.startswith("cuda")
+    rank, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if on_gpu and processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"torchrun starts {processes} processes on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs; type --nproc-per-node with at most that many, or "
+            "train.device=cpu (yacs: MODEL.DEVICE cpu)"
+        )
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         if hasattr(comm, "create_local_process_group"):  # newer Detectron2 only
-            comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+            comm.create_local_process_group(processes)
         run(args)
     finally:
         dist.destroy_process_group()
@@ -100,12 +108,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     set_up(recipe, args)
     if not args.eval_only:
         return train(recipe, resume=args.resume)
-    if not recipe.init_checkpoint and not args.resume:
-        raise ConfigError(
-            "--eval-only without weights would evaluate random ones; type "
-            "train.init_checkpoint=FILE (yacs: MODEL.WEIGHTS FILE), or --resume for the last "
-            "checkpoint in the output folder"
-        )
     model = recipe.model()
     load_weights(recipe, model, resume=args.resume)
     return evaluate(recipe, distributed(recipe, model))
@@ -119,12 +121,31 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     add_decouple_config(cfg)
     # The shipped yaml files say nothing about the device; the machine does.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_yacs_overrides(cfg, args.opts)
     try:
         cfg.merge_from_file(str(path))
         cfg.merge_from_list(args.opts)
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f"{path.name} or an override of it: {error}") from error
     return yacs_recipe(cfg)
+
+
+def _check_yacs_overrides(cfg: Any, overrides: Sequence[str]) -> None:
+    """Raise ConfigError unless they are KEY VALUE pairs whose keys exist."""
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"a yacs config is overridden by pairs, KEY VALUE; got {' '.join(overrides)!r}"
+        )
+    for key in overrides[::2]:
+        node, walked = cfg, ""
+        for part in key.split("."):
+            if not isinstance(node, CfgNode) or part not in node:
+                known = node if isinstance(node, CfgNode) else ()
+                raise ConfigError(
+                    f"override {key!r}: there is no key {part!r} in {walked or 'the config'}; "
+                    f"{nearest(part, known)}"
+                )
+            node, walked = node[part], f"{walked}.{part}".lstrip(".")
 
 
 if __name__ == "__main__":

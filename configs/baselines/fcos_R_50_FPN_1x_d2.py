@@ -6,9 +6,14 @@ Its moving average of the number of positives is not followed: the normaliser he
 
 from d2_decouple.modeling import geometric_mean_score, unit_weight
 
-from .fcos_R_50_FPN_1x import dataloader, lr_multiplier, model, optimizer, train
+from ..common.schedules.default import optimizer
+from .fcos_R_50_FPN_1x import dataloader, lr_multiplier, model, train
 
-model.head.offset = 0.5
+# Warm-up and a plain optimizer as there: 1,000 iterations from a thousandth; norms do not decay.
+lr_multiplier.warmup_length = 1000 / train.max_iter
+lr_multiplier.warmup_factor = 0.001
+optimizer.params.weight_decay_norm = 0.0
+model.head.offset = 0.5  # the same here; stated, since the methods differ in it
 model.assigner.box_weight = unit_weight
 model.selection.score = geometric_mean_score
 model.selection.candidates.test_score_thresh = 0.2

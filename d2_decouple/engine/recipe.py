@@ -45,8 +45,9 @@ class Recipe:
         train_datasets: names of the training sets.
         test_datasets: names of the test sets.
         num_classes: how many classes the model predicts, None if the config does not say.
-        num_classes_key: what to type to change that.
-        output_dir_key: likewise for the output folder.
+        type_num_classes: what to type to change that, with ``{}`` for the value.
+        type_output_dir: likewise for the output folder.
+        type_device: likewise for the device.
         model: builds the model on ``device``.
         optimizer: builds the optimizer of a model.
         lr_scheduler: builds, for an optimizer, what Detectron2's ``LRScheduler`` hook takes.
@@ -67,8 +68,9 @@ class Recipe:
     train_datasets: tuple[str, ...]
     test_datasets: tuple[str, ...]
     num_classes: int | None
-    num_classes_key: str
-    output_dir_key: str
+    type_num_classes: str
+    type_output_dir: str
+    type_device: str
     model: Callable[[], nn.Module]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     lr_scheduler: Callable[[torch.optim.Optimizer], Any]
@@ -79,20 +81,29 @@ class Recipe:
 def lazy_recipe(cfg: DictConfig) -> Recipe:
     """The recipe of a LazyConfig with ``model``, ``dataloader``, ``optimizer``, ``train``, ..."""
     _require_keys(cfg, ("model", "dataloader", "optimizer", "lr_multiplier", "train"))
-    options = cfg.train
+    options, test_set = cfg.train, cfg.dataloader.test.dataset
+    if len(_names(test_set.names)) != 1:
+        raise ConfigError(
+            f"dataloader.test.dataset.names is {list(test_set.names)}: one test set is evaluated "
+            "at a time; name one, or use a yacs config with several DATASETS.TEST"
+        )
+    (test_set.names,) = _names(test_set.names)
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         cfg.optimizer.params.model = model
         return instantiate(cfg.optimizer)
 
     def evaluations() -> Iterable[tuple[str, Iterable[Any], DatasetEvaluator]]:
-        name = ",".join(_names(cfg.dataloader.test.dataset.names))
-        yield name, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        yield (
+            test_set.names,
+            instantiate(cfg.dataloader.test),
+            instantiate(cfg.dataloader.evaluator),
+        )
 
     return Recipe(
         config=cfg,
-        output_dir=options.output_dir,
-        device=options.device,
+        output_dir=str(options.output_dir),
+        device=str(options.device),
         max_iter=options.max_iter,
         init_checkpoint=options.init_checkpoint,
         amp=options.amp.enabled,
@@ -101,10 +112,11 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         eval_period=options.eval_period,
         log_period=options.log_period,
         train_datasets=_names(cfg.dataloader.train.dataset.names),
-        test_datasets=_names(cfg.dataloader.test.dataset.names),
+        test_datasets=(test_set.names,),
         num_classes=cfg.model.get("num_classes"),
-        num_classes_key="model.num_classes",
-        output_dir_key="train.output_dir",
+        type_num_classes="model.num_classes={}",
+        type_output_dir="train.output_dir={}",
+        type_device="train.device={}",
         model=lambda: instantiate(cfg.model).to(options.device),
         optimizer=optimizer,
         lr_scheduler=lambda _: instantiate(cfg.lr_multiplier),
@@ -140,8 +152,9 @@ def yacs_recipe(cfg: CfgNode) -> Recipe:
         train_datasets=tuple(cfg.DATASETS.TRAIN),
         test_datasets=tuple(cfg.DATASETS.TEST),
         num_classes=num_classes,
-        num_classes_key="MODEL.DECOUPLE.NUM_CLASSES",
-        output_dir_key="OUTPUT_DIR",
+        type_num_classes="MODEL.DECOUPLE.NUM_CLASSES {}",
+        type_output_dir="OUTPUT_DIR {}",
+        type_device="MODEL.DEVICE {}",
         model=lambda: build_model(cfg),
         optimizer=lambda model: build_optimizer(cfg, model),
         lr_scheduler=lambda optimizer: build_lr_scheduler(cfg, optimizer),
@@ -168,17 +181,22 @@ def check_recipe(recipe: Recipe, *, training: bool = True) -> None:
             raise ConfigError(
                 f"the model predicts {recipe.num_classes} classes, dataset {name!r} has "
                 f"{len(classes)} ({', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''});"
-                f" type {recipe.num_classes_key}={len(classes)}"
+                f" type {recipe.type_num_classes.format(len(classes))}"
             )
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"the config wants device {recipe.device!r}, but torch sees no GPU; type "
-            "train.device=cpu (yacs: MODEL.DEVICE=cpu)"
+            f"{recipe.type_device.format('cpu')}"
         )
-    _check_writable(recipe.output_dir, recipe.output_dir_key)
+    if not isinstance(recipe.max_iter, int) or recipe.max_iter < 1:
+        raise ConfigError(
+            f"the number of iterations must be a whole number from 1, got {recipe.max_iter!r}; "
+            "type train.max_iter=1000 (yacs: SOLVER.MAX_ITER 1000)"
+        )
+    _check_writable(recipe.output_dir, recipe.type_output_dir.format("FOLDER"))
 
 
-def _check_writable(folder: str, key: str) -> None:
+def _check_writable(folder: str, remedy: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -186,7 +204,7 @@ def _check_writable(folder: str, key: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"the output folder {os.path.abspath(folder)} cannot be written "
-            f"({error.strerror}); type {key}=FOLDER with one that can"
+            f"({error.strerror}); type {remedy} with one that can"
         ) from error
 
 

@@ -3,9 +3,11 @@
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -19,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, CheckpointError
 from .recipe import Recipe
 
 __all__ = ["distributed", "evaluate", "load_weights", "set_up", "train"]
@@ -54,7 +56,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     optimizer = recipe.optimizer(model)
     model = distributed(recipe, model)
     trainer = (AMPTrainer if recipe.amp else SimpleTrainer)(model, recipe.train_loader(), optimizer)
-    checkpointer = Checkpointer(model, recipe.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(
+        model, recipe.output_dir, extras=_stored_with_weights(recipe), trainer=trainer
+    )
     results: dict[str, Any] = {}
 
     def evaluation() -> dict[str, Any]:
@@ -106,6 +110,26 @@ def evaluate(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
 
 
 def load_weights(recipe: Recipe, model: nn.Module, *, resume: bool = False) -> None:
-    """Load ``init_checkpoint``, or with ``resume`` the last one in the output folder."""
-    checkpointer = Checkpointer(model, recipe.output_dir)
+    """Load ``init_checkpoint``, or with ``resume`` the last one in the output folder.
+
+    Raises:
+        CheckpointError: there is neither, or some tensor of the model would stay random.
+    """
+    checkpointer = Checkpointer(model, recipe.output_dir, complete=True)
+    found = resume and checkpointer.has_checkpoint()
+    if not found and not recipe.init_checkpoint:
+        raise CheckpointError(
+            "there are no weights to evaluate: "
+            + (f"no last_checkpoint in {recipe.output_dir}, and " if resume else "")
+            + "no init_checkpoint is set; type train.init_checkpoint=FILE (yacs: MODEL.WEIGHTS "
+            "FILE), or --resume with the output folder of a training"
+        )
     checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
+
+
+def _stored_with_weights(recipe: Recipe) -> dict[str, Any]:
+    """Class names, and the config as text, so that a checkpoint says what it is."""
+    config = Path(recipe.output_dir) / "config.yaml"
+    classes = MetadataCatalog.get(recipe.train_datasets[0]).get("thing_classes") or []
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return {"classes": list(classes), "config": text}

@@ -65,7 +65,9 @@ class FCOSPredictor(nn.Module):
     ) -> DensePredictions:
         """(N, K, H, W) and (N, C, H, W) maps of each level -> predictions.
 
-        Distances are the ReLU of the outputs, times the stride (normalised targets).
+        Distances are the ReLU of the outputs, times the stride (normalised targets). There is no
+        learnable scale per level, as there is in some implementations: the parameter counts of
+        the papers' baseline are without it.
         """
         distances = flatten_maps([self.bbox_pred(x) for x in box_features], 4).relu()
         boxes = distances_to_boxes(grid.locations, distances * grid.strides[:, None])

@@ -3,15 +3,17 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
 
-from d2_decouple.checkpoint import Checkpointer
+from d2_decouple.checkpoint import Checkpointer, CheckpointError
 from d2_decouple.config import find_config, get_config
 from d2_decouple.train import main
 
@@ -51,6 +53,9 @@ def test_lazy_recipe_trains_evaluates_resumes(tmp_path):
     options = ["--config-file", "fcos_R_18_FPN_bccd", *MINI, f"train.output_dir={tmp_path}"]
     assert main([*options, "train.max_iter=3", "train.eval_period=0"]) == 0
     assert {"model_final.pth", "config.yaml", "log.txt"} <= {p.name for p in tmp_path.iterdir()}
+    stored = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert stored["classes"] == ["RBC", "WBC", "Platelets"]
+    assert "OneStageDetector" in stored["config"]
     rows = metrics(tmp_path)
     assert [row["iteration"] for row in rows if "total_loss" in row] == [0, 1, 2]
     assert {"loss_cls", "loss_box_reg", "loss_quality", "num_positives_per_image"} <= rows[0].keys()
@@ -125,11 +130,21 @@ def detectron2_tools():
         ),
         (
             ["--eval-only", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
-            ["--eval-only", "train.init_checkpoint"],
+            ["no weights to evaluate", "train.init_checkpoint=FILE"],
         ),
         (
             ["--num-gpus", "64", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
-            ["--num-gpus 64", "torchrun --nproc-per-node 64"],
+            ["--num-gpus 64", "torchrun", "--nproc-per-node 64"],
+        ),
+        (
+            ["--num-machines", "2", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
+            ["--num-machines 2", "torchrun --nnodes 2"],
+        ),
+        ([*YACS, *MINI_YACS, "SOLVER.MAX_ITER"], ["KEY VALUE"]),
+        (["--config-file", "fcos_R_18_FPN_bccd", *MINI, "train.max_iter=abc"], ["'abc'", "1000"]),
+        (
+            ["--resume", "--eval-only", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
+            ["no last_checkpoint", "train.init_checkpoint=FILE"],
         ),
         (["--config-file", "fcos_R_18_FPN_bccd", *MINI, "--eval-only"], ["--eval-only", "before"]),
         (
@@ -138,11 +153,11 @@ def detectron2_tools():
         ),
         (
             [*YACS, *MINI_YACS, "SOLVER.MAX_ITR", "3"],
-            ["SOLVER.MAX_ITR"],
+            ["SOLVER.MAX_ITR", "'MAX_ITER'"],
         ),
         (
             [*YACS, *MINI_YACS, "MODEL.DECOUPLE.NUM_CLASSES", "80"],
-            ["80 classes", "MODEL.DECOUPLE.NUM_CLASSES=3"],
+            ["80 classes", "MODEL.DECOUPLE.NUM_CLASSES 3"],
         ),
     ],
 )
@@ -166,6 +181,65 @@ def test_output_folder_that_cannot_be_written(tmp_path, capsys):
     assert str(folder) in message
     assert "train.output_dir=FOLDER" in message
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_the_advice_for_a_wrong_class_count_works_as_typed(tmp_path, capsys):
+    options = [*YACS, "OUTPUT_DIR", str(tmp_path), *MINI_YACS, "SOLVER.MAX_ITER", "1"]
+    assert main([*options, "MODEL.DECOUPLE.NUM_CLASSES", "80"]) == 1
+    advice = capsys.readouterr().err.rsplit("type ", 1)[1].split()
+    assert main([*options, *advice]) == 0
+
+
+def test_evaluating_another_number_of_classes_is_refused(tmp_path, capsys):
+    model = instantiate(get_config("fcos_R_18_FPN_bccd", ["model.num_classes=80"]).model)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    options = ["--eval-only", "--config-file", "fcos_R_18_FPN_bccd", *MINI]
+    options += [f"train.output_dir={tmp_path}", f"train.init_checkpoint={tmp_path}/weights.pth"]
+    assert main(options) == 1
+    message = capsys.readouterr().err
+    assert "2 of" in message
+    assert "head.cls_score.bias ((80,) in the file, (3,) here)" in message
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("code of a checkpoint was run",)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pkl", "weights.bin"])
+def test_code_in_a_checkpoint_is_not_run(name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(pickle.dumps({"model": Harmful()}))
+    model = instantiate(get_config("fcos_R_18_FPN_bccd").model)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        Checkpointer(model).load(str(tmp_path / name))
+    assert "was run" not in capsys.readouterr().out
+
+
+def test_arrays_of_the_model_zoo_load(tmp_path):
+    model = instantiate(get_config("fcos_R_18_FPN_bccd").model)
+    state = {name: np.asarray(value + 1) for name, value in model.state_dict().items()}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({"model": state, "__author__": "somebody"}))
+    Checkpointer(model, complete=True).load(str(tmp_path / "zoo.pkl"))
+    assert torch.equal(model.head.cls_score.weight, torch.tensor(state["head.cls_score.weight"]))
+
+
+def test_a_tensor_alone_is_no_checkpoint(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    model = instantiate(get_config("fcos_R_18_FPN_bccd").model)
+    with pytest.raises(CheckpointError, match=r"holds a Tensor.*dict of tensors"):
+        Checkpointer(model).load(str(tmp_path / "tensor.pth"))
+
+
+def test_another_launcher_needs_the_one_line(tmp_path):
+    """In a process of its own, where nothing has been registered yet."""
+    code = (
+        "from detectron2.config import get_cfg; from detectron2.modeling import build_model; "
+        "from d2_decouple import add_decouple_config; cfg = get_cfg(); add_decouple_config(cfg); "
+        f"cfg.merge_from_file({str(find_config('fcos_R_18_FPN_bccd.yaml'))!r}); "
+        "cfg.MODEL.DEVICE = 'cpu'; print(type(build_model(cfg)).__name__); "
+        "from detectron2.data import DatasetCatalog; DatasetCatalog.get('bccd_mini_val')"
+    )
+    assert "OneStageDetector" in run_subprocess([sys.executable, "-c", code], tmp_path)
 
 
 def test_checkpoint_of_another_model_is_counted_and_named(tmp_path, capsys):
@@ -204,5 +278,5 @@ def test_checkpoint_that_fits_in_part_is_counted_and_named(tmp_path, caplog):
         Checkpointer(model).load(str(tmp_path / "part.pth"))
     assert f"Loaded {total - 5} of {total} tensors; 5 keep their initial values" in caplog.text
     assert "head.predictor.ctrness.weight" in caplog.text
-    assert "of these 1 have another shape" in caplog.text
+    assert "head.cls_score.bias ((80,) in the file, (3,) here)" in caplog.text
     assert "1 in the file have no place: roi_heads.box.weight" in caplog.text

@@ -4,11 +4,12 @@
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
+from omegaconf import DictConfig
 
 
-def multiplier(epochs_x: int, warmup_iters: int, warmup_factor: float):
-    """The learning rate's factor over a training of ``epochs_x`` times 90,000 iterations."""
-    max_iter = epochs_x * 90000
+def multiplier(times: int, warmup_iters: int, warmup_factor: float) -> DictConfig:
+    """The learning rate's factor over a training of ``times`` x 90,000 iterations."""
+    max_iter = times * 90000
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
             values=[1.0, 0.1, 0.01],
@@ -18,7 +19,3 @@ def multiplier(epochs_x: int, warmup_iters: int, warmup_factor: float):
         warmup_method="linear",
         warmup_factor=warmup_factor,
     )
-
-
-lr_multiplier_1x = multiplier(1, 500, 0.001)
-lr_multiplier_2x = multiplier(2, 500, 0.001)
