@@ -20,7 +20,16 @@ from detectron2.utils import comm
 
 from .checkpoint import CheckpointError
 from .config import ConfigError, add_decouple_config, find_config, get_config, nearest
-from .engine import Recipe, check_recipe, evaluate, lazy_recipe, set_up, train, yacs_recipe
+from .engine import (
+    Recipe,
+    TrainingError,
+    check_recipe,
+    evaluate,
+    lazy_recipe,
+    set_up,
+    train,
+    yacs_recipe,
+)
 from .engine.train import distributed, load_weights
 
 __all__ = ["main", "parse_arguments", "run"]
@@ -74,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dist_url=args.dist_url,
             args=(args,),
         )
-    except (ConfigError, CheckpointError, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, TrainingError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -8,6 +8,8 @@ the first one who asks for its images is told where they were looked for.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
 from detectron2.data.detection_utils import annotations_to_instances
@@ -35,6 +38,7 @@ __all__ = [
 
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
 
+_logger = logging.getLogger(__name__)
 _DATASETS_VARIABLE = "DETECTRON2_DATASETS"
 _DATASETS_PREFIX = f"${_DATASETS_VARIABLE}"
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -48,8 +52,8 @@ def load_voc(
     Boxes are absolute xyxy pixels with the origin at the image's upper left corner. VOC counts
     pixels from 1 and includes both corners, so (1, 1, W, H) is the whole image and becomes
     (0, 0, W, H): one is taken from the first corner and none from the second. Sets that count
-    from 0 would start at -1 and are clipped to 0. Boxes are passed on as annotated otherwise,
-    and the image size is the annotation's.
+    from 0 would start at -1 and are clipped to 0. The image size is the annotation's. Boxes that
+    reach beyond it are cut, those without area inside it dropped; one warning counts both.
 
     ``difficult`` objects become ``iscrowd=1``. VOC asks neither to find nor to miss them, and
     crowds are what Detectron2 has for that: its mapper takes them out of the training targets
@@ -61,10 +65,53 @@ def load_voc(
             ``$DETECTRON2_DATASETS`` stands for that variable's folder, ``datasets`` if unset.
         split: a file name in ImageSets/Main, without its suffix.
         classes: class names in the order of their ids.
+
+    Raises:
+        FileNotFoundError: the folder, the split, an annotation or images are missing.
+        ValueError: an annotation cannot be read, or names an unknown class.
     """
     folder = _existing_root(root)
     ids = {name: index for index, name in enumerate(classes)}
-    return [_load_image(folder, image_id, ids) for image_id in _split_ids(folder, split)]
+    records = [_load_image(folder, image_id, ids) for image_id in _split_ids(folder, split)]
+    missing = [x["file_name"] for x in records if not os.path.isfile(x["file_name"])]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(records)} images of split {split!r} are missing, the "
+            f"first is {missing[0]}; put them there, or take their ids out of the split"
+        )
+    _keep_inside(records, folder, split)
+    return records
+
+
+def _keep_inside(records: list[dict[str, Any]], folder: Path, split: str) -> None:
+    """Cut boxes to their image and drop those without area, in place; say so once."""
+    cut: list[str] = []
+    dropped: list[str] = []
+    for record in records:
+        limits = np.array([record["width"], record["height"]] * 2, dtype=float)
+        kept = []
+        for item in record["annotations"]:
+            box = np.minimum(item["bbox"], limits)
+            if (box[2:] <= box[:2]).any():
+                dropped.append(record["image_id"])
+                continue
+            if (box != item["bbox"]).any():
+                cut.append(record["image_id"])
+            kept.append({**item, "bbox": box.tolist()})
+        record["annotations"] = kept
+    for count, what in (
+        (cut, "reach beyond their image and are cut"),
+        (dropped, "have no area and are dropped"),
+    ):
+        if count:
+            _logger.warning(
+                "%s, split %r: %d boxes %s, the first in %s",
+                folder,
+                split,
+                len(count),
+                what,
+                count[0],
+            )
 
 
 def register_voc(
@@ -225,9 +272,14 @@ def _parse(file: Path) -> ET.Element:
 def _number(element: ET.Element, path: str, file: Path) -> float:
     text = element.findtext(path)
     try:
-        return float(text or "")
+        value = float(text or "")
     except ValueError:
-        raise ValueError(f"{file}: <{path}> is {text!r}, wanted a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{file}: <{path}> is {text!r}, wanted a number that is finite; correct it"
+        )
+    return value
 
 
 def _load_image(folder: Path, image_id: str, ids: dict[str, int]) -> dict[str, Any]:

@@ -2,6 +2,15 @@
 """What a launcher needs beyond Detectron2's own trainer."""
 
 from .recipe import Recipe, check_recipe, lazy_recipe, yacs_recipe
-from .train import evaluate, set_up, train
+from .train import TrainingError, evaluate, set_up, train
 
-__all__ = ["Recipe", "check_recipe", "evaluate", "lazy_recipe", "set_up", "train", "yacs_recipe"]
+__all__ = [
+    "Recipe",
+    "TrainingError",
+    "check_recipe",
+    "evaluate",
+    "lazy_recipe",
+    "set_up",
+    "train",
+    "yacs_recipe",
+]

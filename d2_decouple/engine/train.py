@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,26 @@ from torch import nn
 from ..checkpoint import Checkpointer, CheckpointError
 from .recipe import Recipe
 
-__all__ = ["distributed", "evaluate", "load_weights", "set_up", "train"]
+__all__ = ["TrainingError", "distributed", "evaluate", "load_weights", "set_up", "train"]
 
 _logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on; the message says why, and what to type."""
+
+
+class _Remembering:
+    """The batches of a loader; ``images`` are the ids of the last one."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.images: list[str] = []
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            self.images = [str(item.get("image_id", item.get("file_name"))) for item in batch]
+            yield batch
 
 
 def set_up(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -51,11 +69,15 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     Returns:
         The last evaluation: ``{"bbox": {"AP": ..., ...}}`` (by dataset if there are several);
         empty on all processes but the first.
+
+    Raises:
+        TrainingError: the loss became infinite or NaN.
     """
     model = recipe.model().train()
     optimizer = recipe.optimizer(model)
     model = distributed(recipe, model)
-    trainer = (AMPTrainer if recipe.amp else SimpleTrainer)(model, recipe.train_loader(), optimizer)
+    loader = _Remembering(recipe.train_loader())
+    trainer = (AMPTrainer if recipe.amp else SimpleTrainer)(model, loader, optimizer)
     checkpointer = Checkpointer(
         model, recipe.output_dir, extras=_stored_with_weights(recipe), trainer=trainer
     )
@@ -88,7 +110,15 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     if start >= recipe.max_iter:
         _logger.info("The training of %d iterations is complete; evaluating it", recipe.max_iter)
         return evaluation()
-    trainer.train(start, recipe.max_iter)
+    try:
+        trainer.train(start, recipe.max_iter)
+    except FloatingPointError as error:
+        raise TrainingError(
+            f"{error}\nlearning rate {optimizer.param_groups[0]['lr']:g}, images "
+            f"{', '.join(loader.images)}. The weights were not updated with it. Look at these "
+            "images' annotations, or lower the rate: type optimizer.lr=0.001 (yacs: "
+            "SOLVER.BASE_LR 0.001); --resume goes on from the last checkpoint"
+        ) from error
     return results
 
 

@@ -183,6 +183,16 @@ def test_output_folder_that_cannot_be_written(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
+def test_a_loss_that_explodes_stops_with_term_rate_and_images(tmp_path, capsys):
+    options = ["--config-file", "fcos_R_18_FPN_bccd", *MINI, f"train.output_dir={tmp_path}"]
+    options += ["optimizer.lr=1e15", "train.max_iter=10", "train.eval_period=0"]
+    assert main(options) == 1
+    message = capsys.readouterr().err.rsplit("error: ", 1)[1]
+    for word in ("loss_box_reg", "learning rate", "BloodImage_", "optimizer.lr=0.001", "--resume"):
+        assert word in message
+    assert not (tmp_path / "model_final.pth").exists()
+
+
 def test_the_advice_for_a_wrong_class_count_works_as_typed(tmp_path, capsys):
     options = [*YACS, "OUTPUT_DIR", str(tmp_path), *MINI_YACS, "SOLVER.MAX_ITER", "1"]
     assert main([*options, "MODEL.DECOUPLE.NUM_CLASSES", "80"]) == 1
