@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -208,6 +209,11 @@ def _peak_mib(name: str, threads: int) -> float:
     torch.set_num_threads(threads)
     step = ROWS[name].ours()
     step(), step()
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's ru_maxrss begins with what the parent had when it forked
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if peak:
+            return int(peak[1]) / 1024
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
