@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "add_decouple_config",
     "apply_overrides",
+    "check_key",
     "config_names",
     "configs_root",
     "door_model",
@@ -145,7 +146,7 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
                 f"override {override!r}: a key cannot be deleted from the command line; write a "
                 "config file that imports this one and deletes it"
             )
-        _check_key(cfg, key.lstrip("+"), override)
+        check_key(cfg, key.lstrip("+"), override)
     try:
         return LazyConfig.apply_overrides(cfg, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
@@ -155,9 +156,13 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
         ) from error
 
 
-def _check_key(cfg: Any, key: str, override: str) -> None:
-    """Walk down the dotted ``key``; the last step may be a parameter the recipe left at default."""
-    from omegaconf import DictConfig, ListConfig
+def check_key(cfg: Any, key: str, override: str) -> None:
+    """Raise ConfigError unless a Lazy or yacs config has the dotted ``key``.
+
+    The last step may be a parameter that a Lazy recipe left at its default. ``override`` is what
+    was typed, for the message.
+    """
+    from omegaconf import ListConfig
 
     node, walked = cfg, ""
     parts = key.split(".")
@@ -169,7 +174,7 @@ def _check_key(cfg: Any, key: str, override: str) -> None:
                     f"0 to {len(node) - 1}"
                 )
             node = node[int(part)]
-        elif isinstance(node, DictConfig):
+        elif isinstance(node, Mapping):
             known = {str(name) for name in node}
             if part not in known:
                 optional = _parameters(node)
@@ -279,20 +284,12 @@ def door_model(cfg: Any) -> Any:
     recipe = get_config(door.MODEL_FILE, [*overrides, *door.OVERRIDES])
     # Slots may depend on the length of the training, which is the yacs config's to say.
     recipe.train.max_iter = cfg.SOLVER.MAX_ITER
-    _replace(
-        recipe.model,
-        {
-            "input_format": cfg.INPUT.FORMAT,
-            "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
-            "pixel_std": list(cfg.MODEL.PIXEL_STD),
-        },
+    recipe.model.update(
+        input_format=cfg.INPUT.FORMAT,
+        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=list(cfg.MODEL.PIXEL_STD),
     )
     return recipe.model
-
-
-def _replace(node: Any, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        node[name] = value
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
-from .checkpoint import Checkpointer
-from .config import ConfigError, get_config
+from .config import get_config
 from .data import ground_truth
-from .engine import check_recipe, lazy_recipe, set_up, train
+from .engine import EXPECTED_ERRORS, check_recipe, lazy_recipe, set_up, train
+from .engine.train import load_weights
 from .visualization import compare, plot_curves
 
 __all__ = ["draw_detections", "main"]
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(args.output)
     try:
         _quickstart(args)
-    except (ConfigError, FileNotFoundError) as error:
+    except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -79,7 +79,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     plot_curves(output / "metrics.json", output / "curves.png")
 
     model = recipe.model().eval()
-    Checkpointer(model, str(output)).resume_or_load("", resume=True)
+    load_weights(recipe, model, resume=True)
     pictures = draw_detections(model, cfg, output / "pictures", limit=args.pictures)
     print(_table(results["bbox"]))
     print(f"log:      {output / 'log.txt'}")

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
-from .checkpoint import CheckpointError
-from .config import ConfigError, add_decouple_config, find_config, get_config, nearest
+from .config import ConfigError, add_decouple_config, check_key, find_config, get_config
 from .engine import (
+    EXPECTED_ERRORS,
     Recipe,
-    TrainingError,
     check_recipe,
     evaluate,
     lazy_recipe,
@@ -83,14 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dist_url=args.dist_url,
             args=(args,),
         )
-    except (ConfigError, CheckpointError, TrainingError, FileNotFoundError) as error:
+    except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _in_torchrun(args: argparse.Namespace) -> int:
-    on_gpu = _recipe(args).device.startswith("cuda")
+    recipe = _recipe(args)
+    on_gpu = recipe.device.startswith("cuda")
     rank, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if on_gpu and processes > torch.cuda.device_count():
         raise ConfigError(
@@ -104,15 +104,20 @@ def _in_torchrun(args: argparse.Namespace) -> int:
     try:
         if hasattr(comm, "create_local_process_group"):  # newer Detectron2 only
             comm.create_local_process_group(processes)
-        run(args)
+        run(args, recipe)
     finally:
         dist.destroy_process_group()
     return 0
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train or evaluate in this process; ``args`` are :func:`parse_arguments`'s."""
-    recipe = _recipe(args)
+def run(args: argparse.Namespace, recipe: Recipe | None = None) -> dict[str, Any]:
+    """Train or evaluate in this process.
+
+    Args:
+        args: :func:`parse_arguments`'s.
+        recipe: what ``args`` name, where it has been read already.
+    """
+    recipe = recipe or _recipe(args)
     check_recipe(recipe, training=not args.eval_only)
     set_up(recipe, args)
     if not args.eval_only:
@@ -130,31 +135,18 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     add_decouple_config(cfg)
     # The shipped yaml files say nothing about the device; the machine does.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_yacs_overrides(cfg, args.opts)
+    if len(args.opts) % 2:
+        raise ConfigError(
+            f"a yacs config is overridden by pairs, KEY VALUE; got {' '.join(args.opts)!r}"
+        )
+    for key in args.opts[::2]:
+        check_key(cfg, key, key)
     try:
         cfg.merge_from_file(str(path))
         cfg.merge_from_list(args.opts)
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f"{path.name} or an override of it: {error}") from error
     return yacs_recipe(cfg)
-
-
-def _check_yacs_overrides(cfg: Any, overrides: Sequence[str]) -> None:
-    """Raise ConfigError unless they are KEY VALUE pairs whose keys exist."""
-    if len(overrides) % 2:
-        raise ConfigError(
-            f"a yacs config is overridden by pairs, KEY VALUE; got {' '.join(overrides)!r}"
-        )
-    for key in overrides[::2]:
-        node, walked = cfg, ""
-        for part in key.split("."):
-            if not isinstance(node, CfgNode) or part not in node:
-                known = node if isinstance(node, CfgNode) else ()
-                raise ConfigError(
-                    f"override {key!r}: there is no key {part!r} in {walked or 'the config'}; "
-                    f"{nearest(part, known)}"
-                )
-            node, walked = node[part], f"{walked}.{part}".lstrip(".")
 
 
 if __name__ == "__main__":

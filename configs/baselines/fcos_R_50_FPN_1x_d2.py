@@ -6,12 +6,12 @@ Its moving average of the number of positives is not followed: the normaliser he
 
 from d2_decouple.modeling import geometric_mean_score, unit_weight
 
+from ..common.schedules.coco import multiplier
 from ..common.schedules.default import optimizer
-from .fcos_R_50_FPN_1x import dataloader, lr_multiplier, model, train
+from .fcos_R_50_FPN_1x import dataloader, model, train
 
 # Warm-up and a plain optimizer as there: 1,000 iterations from a thousandth; norms do not decay.
-lr_multiplier.warmup_length = 1000 / train.max_iter
-lr_multiplier.warmup_factor = 0.001
+lr_multiplier = multiplier(1, 1000, 0.001)
 optimizer.params.weight_decay_norm = 0.0
 model.head.offset = 0.5  # the same here; stated, since the methods differ in it
 model.assigner.box_weight = unit_weight

@@ -2,9 +2,10 @@
 """What a launcher needs beyond Detectron2's own trainer."""
 
 from .recipe import Recipe, check_recipe, lazy_recipe, yacs_recipe
-from .train import TrainingError, evaluate, set_up, train
+from .train import EXPECTED_ERRORS, TrainingError, evaluate, set_up, train
 
 __all__ = [
+    "EXPECTED_ERRORS",
     "Recipe",
     "TrainingError",
     "check_recipe",

@@ -23,15 +23,28 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import Checkpointer, CheckpointError
+from ..config import ConfigError
 from .recipe import Recipe
 
-__all__ = ["TrainingError", "distributed", "evaluate", "load_weights", "set_up", "train"]
+__all__ = [
+    "EXPECTED_ERRORS",
+    "TrainingError",
+    "distributed",
+    "evaluate",
+    "load_weights",
+    "set_up",
+    "train",
+]
 
 _logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
     """A training that cannot go on; the message says why, and what to type."""
+
+
+EXPECTED_ERRORS = (ConfigError, CheckpointError, TrainingError, FileNotFoundError)
+"""What a user can mend: a command prints their message alone, without a traceback."""
 
 
 class _Remembering:
@@ -88,21 +101,19 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         results.update(evaluate(recipe, model))
         return results
 
-    main_only = []
+    saving = writing = None  # the first process does these for all
     if comm.is_main_process():
-        main_only = [
-            hooks.PeriodicCheckpointer(checkpointer, **recipe.checkpointer),
-            hooks.PeriodicWriter(
-                default_writers(recipe.output_dir, recipe.max_iter), period=recipe.log_period
-            ),
-        ]
+        saving = hooks.PeriodicCheckpointer(checkpointer, **recipe.checkpointer)
+        writing = hooks.PeriodicWriter(
+            default_writers(recipe.output_dir, recipe.max_iter), period=recipe.log_period
+        )
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(optimizer, recipe.lr_scheduler(optimizer)),
-            *main_only[:1],
+            saving,
             hooks.EvalHook(recipe.eval_period, evaluation),
-            *main_only[1:],
+            writing,
         ]
     )
     checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)

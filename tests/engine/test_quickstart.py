@@ -55,3 +55,11 @@ def test_a_length_that_is_none_is_refused(value, tmp_path, capsys):
         main(["--output", str(tmp_path), "--iterations", value])
     assert stop.value.code == 2
     assert "--iterations" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named_without_a_traceback(tmp_path, capsys):
+    (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
+    (tmp_path / "model_0000099.pth").write_bytes(b"cut off")
+    assert main(["--output", str(tmp_path), "--iterations", "200"]) == 1
+    assert "model_0000099.pth cannot be read as a checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "model_0000099.pth").read_bytes() == b"cut off"
