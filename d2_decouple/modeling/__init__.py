@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The detector and what goes into its slots. Importing this registers with Detectron2."""
 
+from .augmented import TestTimeAugmentation
 from .detector import OneStageDetector
 from .fcos import FCOSAssigner, FCOSPredictor, unit_weight
 from .head import ClassPredictor, DenseHead, SharedContext
@@ -8,8 +9,11 @@ from .pyramid import FPN, FoldedConv2d, fold_frozen_norms
 from .selection import (
     BestLocations,
     BestPairs,
+    GaussianDecay,
     HardNMS,
+    LinearDecay,
     Selection,
+    SoftNMS,
     class_score,
     clip_to_image,
     geometric_mean_score,
@@ -29,11 +33,15 @@ __all__ = [
     "FocalTerm",
     "FoldedConv2d",
     "GIoUTerm",
+    "GaussianDecay",
     "HardNMS",
+    "LinearDecay",
     "OneStageDetector",
     "QualityTerm",
     "Selection",
     "SharedContext",
+    "SoftNMS",
+    "TestTimeAugmentation",
     "class_score",
     "clip_to_image",
     "fold_frozen_norms",

@@ -20,8 +20,11 @@ from ..structures import DensePredictions
 __all__ = [
     "BestLocations",
     "BestPairs",
+    "GaussianDecay",
     "HardNMS",
+    "LinearDecay",
     "Selection",
+    "SoftNMS",
     "class_score",
     "clip_to_image",
     "geometric_mean_score",
@@ -152,6 +155,114 @@ class HardNMS:
         scores = candidates.scores.float()  # batched_nms makes the boxes float32, too
         keep = batched_nms(boxes - lowest, scores, candidates.pred_classes, self.test_nms_thresh)
         return candidates[keep]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearDecay:
+    """The linear rule of soft-NMS: an overlap that reaches the threshold costs its share.
+
+    Attributes:
+        test_nms_thresh: smaller overlaps cost nothing.
+    """
+
+    test_nms_thresh: float
+
+    def __call__(self, overlaps: Tensor) -> Tensor:
+        """Overlaps (IoU) with a better box -> factors of the scores, same shape."""
+        return torch.where(overlaps >= self.test_nms_thresh, 1 - overlaps, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianDecay:
+    """The Gaussian rule of soft-NMS: every overlap costs, a small one next to nothing.
+
+    Attributes:
+        sigma: the smaller, the harder overlaps are punished; the paper takes 0.5.
+    """
+
+    sigma: float
+
+    def __call__(self, overlaps: Tensor) -> Tensor:
+        """Overlaps (IoU) with a better box -> factors of the scores, same shape."""
+        return torch.exp(-overlaps.square() / self.sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftNMS:
+    """Class-wise suppression that lowers scores instead of dropping boxes (Bodla et al., 2017).
+
+    Again and again the best candidate left is taken, and the scores of the others of its class
+    are multiplied with the decay of their overlaps with it. Of equal scores the first is taken.
+    The survivors carry the lowered scores.
+
+    Attributes:
+        decay: overlaps (IoU) -> factors of the scores, from 0 to 1 (:class:`GaussianDecay`).
+        test_score_thresh: a candidate is dropped once its score is not above this.
+        max_detections: stop after so many; those found are the same as without a limit. It saves
+            time where there are thousands of candidates; ``None`` takes all.
+    """
+
+    decay: Callable[[Tensor], Tensor]
+    test_score_thresh: float
+    max_detections: int | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.decay):
+            raise TypeError(
+                f"SoftNMS.decay must be callable, got {self.decay!r}; "
+                "wanted LinearDecay(...), GaussianDecay(...) or a function"
+            )
+
+    def __call__(self, candidates: Instances) -> Instances:
+        """Candidates of one image -> the survivors with their new scores, best first."""
+        device = candidates.scores.device
+        # One pick depends on the one before it: a GPU would only wait for its next small kernel.
+        boxes, scores, labels = (
+            value.detach().cpu()
+            for value in (
+                candidates.pred_boxes.tensor.float(),
+                candidates.scores.float(),
+                candidates.pred_classes,
+            )
+        )
+        kept, decayed = self._pick(boxes, scores, labels)
+        survivors = candidates[kept.to(device)]
+        survivors.scores = decayed.to(device)
+        return survivors
+
+    def _pick(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of the survivors and their scores, best first."""
+        members = {label: (labels == label).nonzero()[:, 0] for label in labels.unique().tolist()}
+        rivals = {label: boxes[index] for label, index in members.items()}
+        # What was taken or has sunk is put below every threshold: it is never the maximum again.
+        remaining = scores.masked_fill(scores <= self.test_score_thresh, -torch.inf)
+        kept: list[int] = []
+        values: list[float] = []
+        limit = len(scores) if self.max_detections is None else self.max_detections
+        while len(kept) < min(limit, len(scores)):
+            best = int(remaining.argmax())
+            value = float(remaining[best])
+            if value == -torch.inf:
+                break
+            kept.append(best)
+            values.append(value)
+            label = int(labels[best])
+            index = members[label]
+            lowered = remaining[index] * self.decay(_overlaps(boxes[best], rivals[label]))
+            # "Not above", so that a NaN of a strange decay falls out as well.
+            remaining[index] = lowered.masked_fill(~(lowered > self.test_score_thresh), -torch.inf)
+            remaining[best] = -torch.inf
+        return torch.tensor(kept, dtype=torch.int64), scores.new_tensor(values)
+
+
+def _overlaps(box: Tensor, others: Tensor) -> Tensor:
+    """IoU of a box (4,) with others (D, 4); boxes without an area overlap nothing."""
+    low = torch.maximum(box[:2], others[:, :2])
+    high = torch.minimum(box[2:], others[:, 2:])
+    inner = (high - low).clamp(min=0).prod(-1)
+    areas = (others[:, 2:] - others[:, :2]).clamp(min=0).prod(-1)
+    area = (box[2:] - box[:2]).clamp(min=0).prod()
+    return torch.where(inner > 0, inner / (area + areas - inner), 0.0)
 
 
 class Selection:

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test-time augmentation: one image seen at several sizes and mirrored, suppressed once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from .detector import OneStageDetector
+from .selection import Selection, clip_to_image
+
+__all__ = ["TestTimeAugmentation"]
+
+Size = tuple[int, int]
+
+
+class TestTimeAugmentation(nn.Module):
+    """A one-stage detector that looks at each image several times and answers once.
+
+    It is called like the detector in evaluation mode. The candidates of all variants of an image
+    (each size as it is, then mirrored) are brought back to the original image and go through the
+    detector's own suppression together. Variants are computed one by one, so that memory is that
+    of the largest; nothing is averaged, and the detector's thresholds and limits stay as they are.
+
+    The results have ``variant_index`` (0 is the first size, 1 the same mirrored, and so on) in
+    place of the detector's ``location_index``, which would have to say of which forward.
+    """
+
+    __test__ = False  # the name begins like those that pytest collects
+
+    def __init__(
+        self,
+        model: OneStageDetector,
+        *,
+        short_edge_lengths: Sequence[int],
+        max_size: int,
+        flip: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: the detector; its ``selection`` must be a :class:`Selection`.
+            short_edge_lengths: the short side that images get, in pixels, one for each variant.
+            max_size: limit of the long side, in pixels.
+            flip: whether each size is also seen mirrored left to right.
+        """
+        super().__init__()
+        selection = getattr(model, "selection", None)
+        if not isinstance(model, OneStageDetector) or not isinstance(selection, Selection):
+            got = type(model).__name__
+            if isinstance(model, OneStageDetector):
+                got += f" whose selection is a {type(selection).__name__}"
+            raise TypeError(
+                "test-time augmentation merges candidates before suppression: it needs a "
+                f"OneStageDetector with a Selection, got {got}"
+            )
+        sizes = [*short_edge_lengths, max_size]
+        if len(sizes) < 2 or any(size < 1 for size in sizes):
+            raise ValueError(
+                "wanted at least one short_edge_lengths and a max_size, all positive, got "
+                f"short_edge_lengths={list(short_edge_lengths)}, max_size={max_size}"
+            )
+        self.model = model
+        self.short_edge_lengths, self.max_size = tuple(short_edge_lengths), max_size
+        self.flip = flip
+
+    @torch.no_grad()
+    def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Instances]]:
+        """
+        Args:
+            batched_inputs: Detectron2's input dicts. ``image`` is (C, H, W) in the detector's
+                ``input_format``, of any size, at best the original: the sizes are made of it.
+                Where it is absent, ``file_name`` is read. Boxes are scaled to ``height`` and
+                ``width``, by default the image's own.
+
+        Returns:
+            ``{"instances": ...}`` for each image: ``pred_boxes`` (xyxy pixels of the original),
+            ``scores``, ``pred_classes``, ``variant_index``, best first.
+        """
+        if self.training:
+            raise RuntimeError("test-time augmentation does not train: call .eval() first")
+        return [{"instances": self._detect(item)} for item in batched_inputs]
+
+    def _detect(self, item: Mapping[str, Any]) -> Instances:
+        image = self._image_of(item)
+        size = (int(item.get("height", image.shape[0])), int(item.get("width", image.shape[1])))
+        found = [
+            self._propose(variant, mirrored, size, index)
+            for index, (variant, mirrored) in enumerate(self._variants(image))
+        ]
+        merged = self.model.selection.suppress(Instances.cat(found))
+        merged.pred_boxes = Boxes(clip_to_image(merged.pred_boxes.tensor, size))
+        return merged[merged.pred_boxes.nonempty()]
+
+    def _image_of(self, item: Mapping[str, Any]) -> np.ndarray:
+        """(H, W, C) pixels of an input dict."""
+        if "image" in item:
+            return np.ascontiguousarray(item["image"].permute(1, 2, 0).cpu().numpy())
+        if "file_name" in item:
+            return read_image(item["file_name"], format=self.model.input_format)
+        raise ValueError(f"an input needs 'image' or 'file_name', got only {sorted(item)}")
+
+    def _variants(self, image: np.ndarray) -> Iterator[tuple[Tensor, bool]]:
+        """The (C, H', W') images to look at, and whether each is mirrored."""
+        height, width = image.shape[:2]
+        for length in self.short_edge_lengths:
+            # Not the augmentation's get_transform: it would draw from numpy's random numbers.
+            new = T.ResizeShortestEdge.get_output_shape(height, width, length, self.max_size)
+            resized = T.ResizeTransform(height, width, *new).apply_image(image)
+            pixels = torch.from_numpy(np.array(resized.transpose(2, 0, 1), order="C"))
+            yield pixels, False
+            if self.flip:
+                yield pixels.flip(-1), True
+
+    def _propose(self, variant: Tensor, mirrored: bool, size: Size, index: int) -> Instances:
+        """Candidates of one variant as boxes in the original image of ``size`` (H, W)."""
+        images, _, predictions = self.model.predict([{"image": variant}])
+        (found,) = self.model.selection.propose(predictions, images.image_sizes)
+        (height, width), boxes = found.image_size, found.pred_boxes.tensor
+        if mirrored:
+            left, top, right, bottom = boxes.unbind(-1)
+            boxes = torch.stack((width - right, top, width - left, bottom), dim=-1)
+        scale = boxes.new_tensor([size[1] / width, size[0] / height])
+        return Instances(
+            size,
+            pred_boxes=Boxes(boxes * scale.repeat(2)),
+            scores=found.scores,
+            pred_classes=found.pred_classes,
+            variant_index=torch.full_like(found.pred_classes, index),
+        )
