@@ -18,6 +18,7 @@ __all__ = [
     "config_names",
     "configs_root",
     "door_model",
+    "door_recipe",
     "find_config",
     "get_config",
     "instantiate_parts",
@@ -224,7 +225,8 @@ def add_decouple_config(cfg: Any) -> None:
     * ``MODEL_FILE``: name or path of a recipe whose ``model`` is built.
     * ``NUM_CLASSES``, ``SCORE_THRESH_TEST``, ``NMS_THRESH_TEST``: replace the recipe's value
       when they are not None.
-    * ``OVERRIDES``: a list of ``model.key=value`` for everything else.
+    * ``OVERRIDES``: a list of ``model.key=value`` for everything else, and of ``train.key=value``
+      for ``amp.dtype``, ``accumulate``, ``max_grad_norm`` and ``ema``.
 
     This one call is all that another launcher needs: it also registers the meta-architectures
     and the data sets of the recipes.
@@ -268,6 +270,14 @@ def instantiate_parts(cfg: Any) -> dict[str, Any]:
 
 def door_model(cfg: Any) -> Any:
     """The lazy ``model`` node that a yacs config names, with its values filled in."""
+    return door_recipe(cfg).model
+
+
+def door_recipe(cfg: Any) -> Any:
+    """The LazyConfig that a yacs config names, with its values filled in.
+
+    Of it the ``model`` counts, and in ``train`` what yacs has no key for (``train.ema``, ...).
+    """
     if "DECOUPLE" not in cfg.MODEL:
         raise ConfigError(
             "this config has no MODEL.DECOUPLE: call d2_decouple.add_decouple_config(cfg) right "
@@ -289,7 +299,7 @@ def door_model(cfg: Any) -> Any:
         pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
         pixel_std=list(cfg.MODEL.PIXEL_STD),
     )
-    return recipe.model
+    return recipe
 
 
 if __name__ == "__main__":

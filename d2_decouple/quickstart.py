@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quickstart(args)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
     return 0
 
 
@@ -72,7 +72,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     )
     cfg.train.output_dir = str(output)  # not as an override, whose grammar some names offend
     recipe = lazy_recipe(cfg)
-    check_recipe(recipe)
+    check_recipe(recipe, resume=True)
     set_up(recipe, argparse.Namespace(eval_only=False))
     # Going on from the last checkpoint makes a second call quick and an interrupted one cheap.
     results = train(recipe, resume=True)

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
     return 0
 
 
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, recipe: Recipe | None = None) -> dict[str, Any
         recipe: what ``args`` name, where it has been read already.
     """
     recipe = recipe or _recipe(args)
-    check_recipe(recipe, training=not args.eval_only)
+    check_recipe(recipe, training=not args.eval_only, resume=args.resume)
     set_up(recipe, args)
     if not args.eval_only:
         return train(recipe, resume=args.resume)

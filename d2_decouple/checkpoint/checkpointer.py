@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectron2's checkpointer that counts what fitted, and refuses a file that fits nothing."""
+"""Detectron2's checkpointer that never loses a checkpoint and counts what fitted of one."""
 
 import logging
+import os
 import pickle
-from collections.abc import Mapping, Sequence
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,42 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-__all__ = ["CheckpointError", "Checkpointer"]
+from .backbones import fit_backbone, unwrap
+from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError
+from .sources import local_file, read_safetensors
 
+__all__ = ["BEST", "CheckpointError", "Checkpointer", "DamagedCheckpointError"]
+
+BEST = "model_best"
+"""Name of the checkpoint with the best result, which no training is resumed from."""
+_LAST = "last_checkpoint"
+_CLASS_LAYER = "cls_score"
 _logger = logging.getLogger(__name__)
 _SHOWN = 6
-_KEYS = "train.init_checkpoint (yacs: MODEL.WEIGHTS)"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that belongs to another model."""
+# Unpickling a damaged file may raise nearly anything: bytes are read as opcodes, names and sizes.
+_DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Says in one line how many tensors were loaded and which keep their initial values."""
+    """Writes whole files or none, and says in one line how many tensors were loaded.
+
+    A file replaces its predecessor when it is complete on the disk. If the newest one is damaged
+    all the same, resuming takes the one before it.
+    """
 
     def __init__(
         self,
@@ -39,21 +65,95 @@ class Checkpointer(DetectionCheckpointer):
             model: what is loaded and saved.
             save_dir: where :meth:`save` writes.
             complete: refuse a file that leaves some tensor at its initial value (evaluation).
-            extras: plain values stored with the weights, such as class names.
+            extras: plain values stored with the weights. ``classes``, the names of the classes,
+                are compared with those of a file that is loaded.
             checkpointables: further objects with ``state_dict``, such as a trainer.
         """
         super().__init__(model, save_dir, **checkpointables)
         self._complete, self._extras = complete, dict(extras or {})
+        self._resuming = False
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name``.pth: weights, the state of what is checkpointed, and the extras."""
-        super().save(name, **{**self._extras, **kwargs})
+    def save(self, name: str, *, last: bool = True, **kwargs: Any) -> None:
+        """Write ``name``.pth: weights, the state of what is checkpointed, and the extras.
+
+        Args:
+            name: of the file, without its suffix.
+            last: whether a resumed training shall go on from it.
+            kwargs: further plain values to store.
+
+        Raises:
+            CheckpointError: it could not be written; an older file of that name is as it was.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        state = {name: part.state_dict() for name, part in self.checkpointables.items()}
+        content = {"model": self.model.state_dict(), **state, **self._extras, **kwargs}
+        path = Path(self.save_dir) / f"{name}.pth"
+        _logger.info("Saving checkpoint to %s", path)
+        _write_whole(path, lambda file: torch.save(content, file))
+        if last:
+            self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Say in the file ``last_checkpoint`` which one to resume from."""
+        text = last_filename_basename.encode()
+        _write_whole(Path(self.save_dir) / _LAST, lambda file: file.write(text))
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to resume from."""
+        return bool(self._candidates())
+
+    def get_checkpoint_file(self) -> str:
+        """The file that a resumed training goes on from, or ""."""
+        return str(next(iter(self._candidates()), ""))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the newest whole checkpoint with everything in it, or the weights at ``path``.
+
+        Raises:
+            CheckpointError: the file belongs to another model or to other classes, cannot be read
+                or fetched; or there are checkpoints to resume from, and all are damaged.
+        """
+        candidates = self._candidates() if resume else []
+        if not candidates:
+            return self.load(path, checkpointables=[])
+        self._resuming = True
+        damaged = []
+        try:
+            for candidate in candidates:
+                try:
+                    return self.load(str(candidate))
+                except DamagedCheckpointError as error:
+                    damaged.append(str(error))
+                    _logger.warning("%s. Trying the checkpoint before it", error)
+        finally:
+            self._resuming = False
+        raise CheckpointError(
+            "nothing to resume from: " + "; ".join(damaged) + ". Delete them to begin anew"
+        )
+
+    def _candidates(self) -> list[Path]:
+        """Checkpoints to resume from: the last one, then the others, newest first."""
+        folder = Path(self.save_dir)
+        files = sorted(folder.glob("model_*.pth"), key=lambda file: -file.stat().st_mtime_ns)
+        tag = folder / _LAST
+        if tag.is_file():
+            tagged = folder / tag.read_text().strip()
+            files.sort(key=lambda file: file != tagged)
+        return [file for file in files if file.stem != BEST]
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """As Detectron2's, with messages for a file that is missing or cannot be fetched."""
+        """As Detectron2's; ``path`` may also be a name, such as ``torchvision://resnet50``.
+
+        Raises:
+            CheckpointError: the file is missing, cannot be fetched or read, or does not fit.
+        """
+        path = local_file(path)
         remote = "://" in path
         if path and not remote and not Path(path.partition("?")[0]).is_file():
-            raise CheckpointError(f"there is no checkpoint {path}; set {_KEYS} to an existing file")
+            raise CheckpointError(
+                f"there is no checkpoint {path}; set {WEIGHTS_KEYS} to an existing file"
+            )
         try:
             return super().load(path, checkpointables)
         except OSError as error:
@@ -61,10 +161,15 @@ class Checkpointer(DetectionCheckpointer):
                 raise
             raise CheckpointError(
                 f"{path} could not be fetched ({error}); without a network, bring the file here "
-                f"and set {_KEYS} to it, or to an empty string for random weights"
+                f"and set {WEIGHTS_KEYS} to it, or to an empty string for random weights"
             ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        return fit_backbone(unwrap(self._read_file(filename)), self.model, filename=filename)
+
+    def _read_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".safetensors"):
+            return dict(read_safetensors(filename))
         # Tensors, arrays and plain containers only: a file from elsewhere must not run code.
         try:
             if filename.endswith(".pkl"):
@@ -72,19 +177,24 @@ class Checkpointer(DetectionCheckpointer):
                     _PlainUnpickler(file, encoding="latin1").load()
                 return super()._load_file(filename)
             loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            raise CheckpointError(
+        except _DAMAGED as error:
+            raise DamagedCheckpointError(
                 f"{filename} cannot be read as a checkpoint: it is damaged, cut off, or holds "
                 f"more than tensors ({error}); save or copy it again"
             ) from error
         if not isinstance(loaded, dict):
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{filename} holds a {type(loaded).__name__}; wanted is a dict of tensors by "
                 "name, or one with such a dict under 'model'"
             )
-        return loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
+        return loaded
 
     def _load_model(self, checkpoint: Any) -> Any:
+        going_on = self._resuming and self.checkpointables
+        averaged = not going_on and isinstance(checkpoint.get("ema"), dict)
+        if averaged:
+            checkpoint["model"] = checkpoint.pop("ema")
+        other_classes = self._without_other_classes(checkpoint)
         file = {name.removeprefix("module."): x for name, x in checkpoint["model"].items()}
         incompatible = super()._load_model(checkpoint)
         if incompatible is None:  # Detectron2 reports in its own words for matched old formats
@@ -108,15 +218,54 @@ class Checkpointer(DetectionCheckpointer):
                 f"evaluation: {_listed(named)}; give the config that the checkpoint was trained "
                 "with (another first number of cls_score is another number of classes)"
             )
-        message = f"Loaded {loaded} of {len(model)} tensors"
+        message = f"Loaded {loaded} of {len(model)} tensors{' (averaged)' if averaged else ''}"
         if fresh:
             message += f"; {len(fresh)} keep their initial values: {_listed(named)}"
         if incompatible.unexpected_keys:
             count = len(incompatible.unexpected_keys)
             message += f"; {count} in the file have no place: "
             message += _listed(sorted(incompatible.unexpected_keys))
-        _logger.info(message)
+        _logger.info(message + other_classes)
         return incompatible
+
+    def _without_other_classes(self, checkpoint: dict[str, Any]) -> str:
+        """Take class layers that stand for other classes out of the weights; a clause about it."""
+        theirs, ours = checkpoint.get("classes"), self._extras.get("classes")
+        if not theirs or not ours or list(theirs) == list(ours):
+            return ""
+        both = f"{_listed(theirs)} in the checkpoint, {_listed(ours)} here"
+        if self._resuming or self._complete:
+            raise CheckpointError(
+                f"the classes are not the checkpoint's: {both}; give the data that it was trained "
+                "with, in the same order of classes, or train anew from its weights: type "
+                "train.init_checkpoint=FILE train.output_dir=FOLDER without --resume"
+            )
+        weights = checkpoint["model"]
+        for name in [name for name in weights if _CLASS_LAYER in name.split(".")]:
+            del weights[name]
+        return f"; the classes differ ({both}), so the class layer begins anew"
+
+
+def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file beside ``path`` and put it in its place when it is complete on the disk."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        if hasattr(os, "O_DIRECTORY"):  # the new name, too, shall outlive a power cut
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+        unfinished.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise CheckpointError(
+            f"{path} could not be written ({error}; {free:.0f} MiB are free there). Checkpoints "
+            "written before are whole: make room, and go on with --resume"
+        ) from error
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a launcher needs beyond Detectron2's own trainer."""
 
+from .errors import EXPECTED_ERRORS, TrainingError, TrainingStoppedError
 from .recipe import Recipe, check_recipe, lazy_recipe, yacs_recipe
-from .train import EXPECTED_ERRORS, TrainingError, evaluate, set_up, train
+from .train import evaluate, set_up, train
 
 __all__ = [
     "EXPECTED_ERRORS",
     "Recipe",
     "TrainingError",
+    "TrainingStoppedError",
     "check_recipe",
     "evaluate",
     "lazy_recipe",

@@ -1,30 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """One view of both kinds of config, so that there is one training loop."""
 
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
+    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from ..config import ConfigError, door_model
+from ..config import ConfigError, door_recipe
 from ..data import coco_evaluator, register_bccd, require_dataset
+from ..data.loader import TrainLoader
 from ..modeling import OneStageDetector
+from .trainer import Loader
 
 __all__ = ["Recipe", "check_recipe", "lazy_recipe", "yacs_recipe"]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +45,11 @@ class Recipe:
         device: where the model goes.
         max_iter: number of iterations.
         init_checkpoint: weights to start from, or "".
-        amp: mixed precision.
+        precision: dtype of autocast in training; None for full precision.
+        accumulate: batches of a training step.
+        max_grad_norm: norm that gradients are scaled down to, or None.
+        ema_decay: of the averaged weights, or None for no average.
+        seed: of weights, order and augmentation; negative for one that is drawn.
         ddp: options of DistributedDataParallel.
         checkpointer: options of the periodic checkpointer.
         eval_period: iterations between evaluations; 0 for one at the end.
@@ -60,7 +72,11 @@ class Recipe:
     device: str
     max_iter: int
     init_checkpoint: str
-    amp: bool
+    precision: torch.dtype | None
+    accumulate: int
+    max_grad_norm: float | None
+    ema_decay: float | None
+    seed: int
     ddp: dict[str, Any]
     checkpointer: dict[str, Any]
     eval_period: int
@@ -74,7 +90,7 @@ class Recipe:
     model: Callable[[], nn.Module]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     lr_scheduler: Callable[[torch.optim.Optimizer], Any]
-    train_loader: Callable[[], Iterable[Any]]
+    train_loader: Callable[[], Loader]
     evaluations: Callable[[], Iterable[tuple[str, Iterable[Any], DatasetEvaluator]]]
 
 
@@ -93,6 +109,9 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         cfg.optimizer.params.model = model
         return instantiate(cfg.optimizer)
 
+    def train_loader() -> Loader:
+        return _seeded(_resumable(instantiate(cfg.dataloader.train)), options.get("seed", -1))
+
     def evaluations() -> Iterable[tuple[str, Iterable[Any], DatasetEvaluator]]:
         yield (
             test_set.names,
@@ -106,7 +125,8 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         device=str(options.device),
         max_iter=options.max_iter,
         init_checkpoint=options.init_checkpoint,
-        amp=options.amp.enabled,
+        **_training_options(options, options.amp.enabled),
+        seed=options.get("seed", -1),
         ddp=dict(options.ddp),
         checkpointer=dict(options.checkpointer),
         eval_period=options.eval_period,
@@ -120,7 +140,7 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         model=lambda: instantiate(cfg.model).to(options.device),
         optimizer=optimizer,
         lr_scheduler=lambda _: instantiate(cfg.lr_multiplier),
-        train_loader=lambda: instantiate(cfg.dataloader.train),
+        train_loader=train_loader,
         evaluations=evaluations,
     )
 
@@ -131,7 +151,9 @@ def yacs_recipe(cfg: CfgNode) -> Recipe:
         raise ConfigError("TEST.PRECISE_BN.ENABLED is not supported here: set it to False")
     register_bccd()
     ours = OneStageDetector.__name__ == cfg.MODEL.META_ARCHITECTURE
-    num_classes = door_model(cfg).num_classes if ours else None
+    door = door_recipe(cfg) if ours else None
+    num_classes = None if door is None else door.model.num_classes
+    options = {} if door is None else door.train
 
     def evaluations() -> Iterable[tuple[str, Iterable[Any], DatasetEvaluator]]:
         for name in cfg.DATASETS.TEST:
@@ -144,7 +166,8 @@ def yacs_recipe(cfg: CfgNode) -> Recipe:
         device=cfg.MODEL.DEVICE,
         max_iter=cfg.SOLVER.MAX_ITER,
         init_checkpoint=cfg.MODEL.WEIGHTS,
-        amp=cfg.SOLVER.AMP.ENABLED,
+        **_training_options(options, cfg.SOLVER.AMP.ENABLED),
+        seed=cfg.SEED,
         ddp={"broadcast_buffers": False},
         checkpointer={"period": cfg.SOLVER.CHECKPOINT_PERIOD, "max_to_keep": 2},
         eval_period=cfg.TEST.EVAL_PERIOD,
@@ -158,12 +181,84 @@ def yacs_recipe(cfg: CfgNode) -> Recipe:
         model=lambda: build_model(cfg),
         optimizer=lambda model: build_optimizer(cfg, model),
         lr_scheduler=lambda optimizer: build_lr_scheduler(cfg, optimizer),
-        train_loader=lambda: build_detection_train_loader(cfg),
+        train_loader=lambda: _seeded(_yacs_loader(cfg), cfg.SEED),
         evaluations=evaluations,
     )
 
 
-def check_recipe(recipe: Recipe, *, training: bool = True) -> None:
+_PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _training_options(options: Mapping[str, Any], amp: bool) -> dict[str, Any]:
+    """What a ``train`` node says about a step; a node of Detectron2's own may lack all of it."""
+    dtype = options.get("amp", {}).get("dtype", "float16")
+    if amp and dtype not in _PRECISIONS:
+        raise ConfigError(
+            f"train.amp.dtype is {dtype!r}; type train.amp.dtype=bfloat16, or float16 on a GPU"
+        )
+    accumulate = options.get("accumulate", 1)
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ConfigError(
+            f"train.accumulate is {accumulate!r}, wanted how many batches make a step: a whole "
+            "number from 1"
+        )
+    norm = options.get("max_grad_norm")
+    if norm is not None and not norm > 0:
+        raise ConfigError(f"train.max_grad_norm is {norm!r}, wanted a number above 0, or null")
+    ema = options.get("ema", {})
+    if ema.get("enabled") and not 0 < ema.decay < 1:
+        raise ConfigError(f"train.ema.decay is {ema.decay!r}, wanted a number between 0 and 1")
+    return {
+        "precision": _PRECISIONS[dtype] if amp else None,
+        "accumulate": accumulate,
+        "max_grad_norm": norm,
+        "ema_decay": ema.decay if ema.get("enabled") else None,
+    }
+
+
+def _seeded(loader: Loader, seed: int) -> Loader:
+    if loader.seed is None and seed >= 0:
+        loader.seed = seed
+    return loader
+
+
+def _resumable(loader: Any) -> Loader:
+    if hasattr(loader, "batches"):
+        return loader
+    raise ConfigError(
+        f"dataloader.train makes a {type(loader).__name__}, from which no training can be resumed "
+        "exactly; write dataloader.train = L(TrainLoader)(dataset=..., mapper=..., "
+        "total_batch_size=..., num_workers=...), from d2_decouple.data, as configs/common/data/"
+        "coco.py does"
+    )
+
+
+def _yacs_loader(cfg: CfgNode) -> TrainLoader:
+    options = cfg.DATALOADER
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=options.FILTER_EMPTY_ANNOTATIONS
+    )
+    factors = None
+    if options.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, options.REPEAT_THRESHOLD
+        ).tolist()
+    elif options.SAMPLER_TRAIN != "TrainingSampler":
+        raise ConfigError(
+            f"DATALOADER.SAMPLER_TRAIN is {options.SAMPLER_TRAIN!r}; type TrainingSampler or "
+            "RepeatFactorTrainingSampler"
+        )
+    return TrainLoader(
+        dataset=records,
+        mapper=DatasetMapper(cfg, True),
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        num_workers=options.NUM_WORKERS,
+        aspect_ratio_grouping=options.ASPECT_RATIO_GROUPING,
+        repeat_factors=factors,
+    )
+
+
+def check_recipe(recipe: Recipe, *, training: bool = True, resume: bool = False) -> None:
     """Stop before the first iteration on what would fail, or silently go wrong, later.
 
     Raises:
@@ -193,7 +288,18 @@ def check_recipe(recipe: Recipe, *, training: bool = True) -> None:
             f"the number of iterations must be a whole number from 1, got {recipe.max_iter!r}; "
             "type train.max_iter=1000 (yacs: SOLVER.MAX_ITER 1000)"
         )
-    _check_writable(recipe.output_dir, recipe.type_output_dir.format("FOLDER"))
+    if recipe.precision is torch.float16 and recipe.device == "cpu":
+        _logger.warning(
+            "float16 on a CPU is many times slower than float32; train.amp.dtype=bfloat16 is not"
+        )
+    other_folder = recipe.type_output_dir.format("FOLDER")
+    _check_writable(recipe.output_dir, other_folder)
+    last = Path(recipe.output_dir) / "last_checkpoint"
+    if training and not resume and last.is_file():
+        raise ConfigError(
+            f"{recipe.output_dir} holds an earlier training ({last.read_text().strip()}), which a "
+            f"new one would overwrite; type --resume to go on with it, or {other_folder}"
+        )
 
 
 def _check_writable(folder: str, remedy: str) -> None:

@@ -3,60 +3,45 @@
 
 import argparse
 import logging
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import (
-    AMPTrainer,
-    SimpleTrainer,
-    create_ddp_model,
-    default_setup,
-    default_writers,
-    hooks,
-)
+from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import Checkpointer, CheckpointError
-from ..config import ConfigError
+from ..data.loader import DataError
+from .hooks import Evaluating, Progress, Saving, forget_after
 from .recipe import Recipe
+from .trainer import Average, Trainer
 
-__all__ = [
-    "EXPECTED_ERRORS",
-    "TrainingError",
-    "distributed",
-    "evaluate",
-    "load_weights",
-    "set_up",
-    "train",
-]
+__all__ = ["distributed", "evaluate", "load_weights", "set_up", "train"]
 
 _logger = logging.getLogger(__name__)
 
 
-class TrainingError(RuntimeError):
-    """A training that cannot go on; the message says why, and what to type."""
+class _Watched:
+    """A test loader that raises when the training was asked to stop."""
 
+    def __init__(self, loader: Any, trainer: Trainer) -> None:
+        self._loader, self._trainer = loader, trainer
 
-EXPECTED_ERRORS = (ConfigError, CheckpointError, TrainingError, FileNotFoundError)
-"""What a user can mend: a command prints their message alone, without a traceback."""
-
-
-class _Remembering:
-    """The batches of a loader; ``images`` are the ids of the last one."""
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.images: list[str] = []
-        self._loader = loader
+    def __len__(self) -> int:
+        return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._loader:
-            self.images = [str(item.get("image_id", item.get("file_name"))) for item in batch]
+            # Of several processes one alone must not leave: the others would wait for it.
+            if self._trainer.signalled and comm.get_world_size() == 1:
+                raise self._trainer.stopped()
             yield batch
 
 
@@ -68,7 +53,11 @@ def set_up(recipe: Recipe, args: argparse.Namespace) -> None:
         args: command-line arguments; ``eval_only`` at least.
     """
     default_setup(recipe.config, args)
-    setup_logger(recipe.output_dir, distributed_rank=comm.get_rank(), name="d2_decouple")
+    logger = setup_logger(recipe.output_dir, distributed_rank=comm.get_rank(), name="d2_decouple")
+    for handler in logger.handlers:
+        # On a terminal the bar says it already.
+        if not isinstance(handler, logging.FileHandler) and _on_terminal():
+            handler.addFilter(lambda record: not getattr(record, "progress", False))
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
@@ -84,53 +73,92 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         empty on all processes but the first.
 
     Raises:
-        TrainingError: the loss became infinite or NaN.
+        TrainingError: a loss became infinite or NaN (:class:`TrainingStoppedError`: a signal came).
+        DataError: an image could not be loaded; the state before it is saved.
+        CheckpointError: a checkpoint could not be read or written.
     """
     model = recipe.model().train()
+    average = None if recipe.ema_decay is None else Average(model, recipe.ema_decay)
     optimizer = recipe.optimizer(model)
     model = distributed(recipe, model)
-    loader = _Remembering(recipe.train_loader())
-    trainer = (AMPTrainer if recipe.amp else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = Checkpointer(
-        model, recipe.output_dir, extras=_stored_with_weights(recipe), trainer=trainer
+    trainer = Trainer(
+        model=model,
+        loader=recipe.train_loader(),
+        optimizer=optimizer,
+        precision=recipe.precision,
+        accumulate=recipe.accumulate,
+        max_grad_norm=recipe.max_grad_norm,
+        average=average,
+        failures=recipe.output_dir,
     )
+    checkpointer = Checkpointer(
+        model,
+        recipe.output_dir,
+        extras=_stored_with_weights(recipe, recipe.train_datasets),
+        trainer=trainer,
+    )
+    if average is not None:
+        checkpointer.add_checkpointable("ema", average)
     results: dict[str, Any] = {}
 
     def evaluation() -> dict[str, Any]:
         results.clear()
-        results.update(evaluate(recipe, model))
+        evaluated = average.model if average else model
+        results.update(evaluate(recipe, evaluated, wrap=lambda loader: _Watched(loader, trainer)))
         return results
 
-    saving = writing = None  # the first process does these for all
-    if comm.is_main_process():
-        saving = hooks.PeriodicCheckpointer(checkpointer, **recipe.checkpointer)
-        writing = hooks.PeriodicWriter(
-            default_writers(recipe.output_dir, recipe.max_iter), period=recipe.log_period
-        )
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(optimizer, recipe.lr_scheduler(optimizer)),
-            saving,
-            hooks.EvalHook(recipe.eval_period, evaluation),
-            writing,
-        ]
-    )
+    trainer.register_hooks(_hooks(recipe, trainer, checkpointer, evaluation))
+    going_on = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
-    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    start = trainer.iter + 1 if going_on else 0
     if start >= recipe.max_iter:
         _logger.info("The training of %d iterations is complete; evaluating it", recipe.max_iter)
         return evaluation()
+    if comm.is_main_process():
+        trainer.register_hooks([hooks.PeriodicWriter(_writers(recipe, start), recipe.log_period)])
+        _logger.info("Training from iteration %d to %d", start, recipe.max_iter)
     try:
         trainer.train(start, recipe.max_iter)
-    except FloatingPointError as error:
-        raise TrainingError(
-            f"{error}\nlearning rate {optimizer.param_groups[0]['lr']:g}, images "
-            f"{', '.join(loader.images)}. The weights were not updated with it. Look at these "
-            "images' annotations, or lower the rate: type optimizer.lr=0.001 (yacs: "
-            "SOLVER.BASE_LR 0.001); --resume goes on from the last checkpoint"
+    except DataError as error:
+        if trainer.iter == start:
+            raise
+        # The step that wanted the image has not begun, so this is the state of the one before.
+        trainer.iter -= 1
+        checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        raise DataError(
+            f"{error}. {trainer.iter + 1} iterations are saved: --resume goes on from there"
         ) from error
     return results
+
+
+def _hooks(
+    recipe: Recipe,
+    trainer: Trainer,
+    checkpointer: Checkpointer,
+    evaluation: Callable[[], dict[str, Any]],
+) -> list[Any]:
+    saving = None  # the first process does it for all
+    if comm.is_main_process():
+        saving = Saving(checkpointer, eval_period=recipe.eval_period, **recipe.checkpointer)
+    schedule = hooks.LRScheduler(trainer.optimizer, recipe.lr_scheduler(trainer.optimizer))
+    evaluating = Evaluating(evaluation, period=recipe.eval_period, checkpointer=checkpointer)
+    # The state is saved after the schedule's step and before an evaluation, which may be killed.
+    return [hooks.IterationTimer(), schedule, saving, evaluating]
+
+
+def _writers(recipe: Recipe, start: int) -> list[EventWriter]:
+    """What writes numbers down, after taking out those that will come again."""
+    metrics = Path(recipe.output_dir) / "metrics.json"
+    forget_after(metrics, start)
+    return [
+        Progress(recipe.max_iter, terminal=_on_terminal()),
+        JSONWriter(str(metrics)),
+        TensorboardXWriter(recipe.output_dir, purge_step=start),
+    ]
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty() and comm.is_main_process()
 
 
 def distributed(recipe: Recipe, model: nn.Module) -> nn.Module:
@@ -139,11 +167,19 @@ def distributed(recipe: Recipe, model: nn.Module) -> nn.Module:
     return create_ddp_model(model, **{**recipe.ddp, "device_ids": device_ids})
 
 
-def evaluate(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-    """Evaluate on every test set: ``{"bbox": {...}}``, or that by name if there are several."""
+def evaluate(
+    recipe: Recipe, model: nn.Module, *, wrap: Callable[[Any], Any] = lambda loader: loader
+) -> dict[str, Any]:
+    """Evaluate on every test set: ``{"bbox": {...}}``, or that by name if there are several.
+
+    Args:
+        recipe: names the test sets.
+        model: what is evaluated.
+        wrap: what is put around each test loader.
+    """
     results = {}
     for name, loader, evaluator in recipe.evaluations():
-        results[name] = inference_on_dataset(model, loader, evaluator)
+        results[name] = inference_on_dataset(model, wrap(loader), evaluator)
         if comm.is_main_process():
             _logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])
@@ -156,7 +192,8 @@ def load_weights(recipe: Recipe, model: nn.Module, *, resume: bool = False) -> N
     Raises:
         CheckpointError: there is neither, or some tensor of the model would stay random.
     """
-    checkpointer = Checkpointer(model, recipe.output_dir, complete=True)
+    extras = _stored_with_weights(recipe, recipe.test_datasets)
+    checkpointer = Checkpointer(model, recipe.output_dir, complete=True, extras=extras)
     found = resume and checkpointer.has_checkpoint()
     if not found and not recipe.init_checkpoint:
         raise CheckpointError(
@@ -168,9 +205,9 @@ def load_weights(recipe: Recipe, model: nn.Module, *, resume: bool = False) -> N
     checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
 
 
-def _stored_with_weights(recipe: Recipe) -> dict[str, Any]:
+def _stored_with_weights(recipe: Recipe, datasets: Sequence[str]) -> dict[str, Any]:
     """Class names, and the config as text, so that a checkpoint says what it is."""
     config = Path(recipe.output_dir) / "config.yaml"
-    classes = MetadataCatalog.get(recipe.train_datasets[0]).get("thing_classes") or []
+    classes = MetadataCatalog.get(datasets[0]).get("thing_classes") or []
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
     return {"classes": list(classes), "config": text}

@@ -39,7 +39,7 @@ def test_restart_forgets_what_was_there(tmp_path):
     options = ["--output", str(output), "--pictures", "0", "--iterations", "1"]
     assert main([*options, "--restart"]) == 0
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert max(line["iteration"] for line in lines) == 1  # the evaluation behind the only step
+    assert max(line["iteration"] for line in lines) == 0  # the only step
 
 
 def test_an_output_that_is_a_file_is_named(tmp_path, capsys):

@@ -11,7 +11,10 @@ train = dict(
     max_iter=90000,
     # On a CPU, Detectron2's launcher refuses mixed precision and needs to be told the device.
     device="cuda" if torch.cuda.is_available() else "cpu",
-    amp=dict(enabled=False),
+    amp=dict(enabled=False, dtype="bfloat16"),  # or float16, whose loss is scaled
+    accumulate=1,  # batches of a step
+    max_grad_norm=None,
+    ema=dict(enabled=False, decay=0.9998),  # averaged weights, which are then evaluated
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=2),
     eval_period=5000,

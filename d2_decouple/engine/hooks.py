@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks of the training loop: saving, evaluating, and the line that says how far it is."""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, get_event_storage
+from tqdm import tqdm
+
+from ..checkpoint.checkpointer import BEST, Checkpointer
+
+__all__ = ["Evaluating", "Progress", "Saving", "forget_after"]
+
+_logger = logging.getLogger(__name__)
+_NUMBERED = re.compile(r"model_(\d{7})\.pth")
+
+
+class Saving(HookBase):
+    """Saves periodically, before every evaluation, at the end, and when a signal stops the run.
+
+    The newest checkpoints are kept, and the best one, which :class:`Evaluating` writes.
+    """
+
+    def __init__(
+        self, checkpointer: Checkpointer, *, period: int, max_to_keep: int, eval_period: int
+    ) -> None:
+        """
+        Args:
+            checkpointer: what writes.
+            period: iterations between checkpoints; 0 for none but the last.
+            max_to_keep: how many numbered ones stay.
+            eval_period: iterations between evaluations.
+        """
+        self._checkpointer, self._keep = checkpointer, max_to_keep
+        self._periods = [number for number in (period, eval_period) if number > 0]
+
+    def after_step(self) -> None:
+        """Save if it is time to."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter:
+            self._checkpointer.save("model_final", iteration=self.trainer.iter)
+        elif self.trainer.stopping or any(done % period == 0 for period in self._periods):
+            self._checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+            self._prune()
+
+    def _prune(self) -> None:
+        folder = Path(self._checkpointer.save_dir)
+        numbered = sorted(path for path in folder.iterdir() if _NUMBERED.fullmatch(path.name))
+        for path in numbered[: -self._keep]:
+            path.unlink(missing_ok=True)
+
+
+class Evaluating(HookBase):
+    """Evaluates periodically and at the end, and keeps the checkpoint with the best ``bbox/AP``."""
+
+    def __init__(
+        self, evaluate: Callable[[], dict[str, Any]], *, period: int, checkpointer: Checkpointer
+    ) -> None:
+        """
+        Args:
+            evaluate: evaluates, and answers with a nested dict of numbers.
+            period: iterations between evaluations; 0 for the one at the end alone.
+            checkpointer: saves the best.
+        """
+        self._evaluate, self._period, self._checkpointer = evaluate, period, checkpointer
+        self._best = -math.inf
+
+    def after_step(self) -> None:
+        """Evaluate if it is time to."""
+        done = self.trainer.iter + 1
+        last = done == self.trainer.max_iter
+        if last or (self._period > 0 and done % self._period == 0 and not self.trainer.stopping):
+            results = self._evaluate()
+            if results:  # on the first process
+                flat = {key: float(x) for key, x in flatten_results_dict(results).items()}
+                self.trainer.storage.put_scalars(**flat, smoothing_hint=False)
+                self._keep_best(flat)
+            comm.synchronize()  # evaluation may take them different times
+
+    def _keep_best(self, flat: dict[str, float]) -> None:
+        found = [value for key, value in flat.items() if key.endswith("bbox/AP")]
+        if not found or not found[0] > self._best:
+            return
+        self._best = found[0]
+        _logger.info("Best AP so far: %.2f; saving %s", self._best, BEST)
+        self._checkpointer.save(
+            BEST, last=False, iteration=self.trainer.iter, best={"bbox/AP": self._best}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best AP so far."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As it was stored."""
+        self._best = state["best"]
+
+
+class Progress(EventWriter):
+    """One line that says how far the training is: a bar on a terminal, lines in the log."""
+
+    def __init__(self, max_iter: int, *, terminal: bool) -> None:
+        """
+        Args:
+            max_iter: iterations of the whole training.
+            terminal: draw a bar on the standard error stream.
+        """
+        self._max_iter, self._terminal = max_iter, terminal
+        self._bar: tqdm | None = None
+
+    def write(self) -> None:
+        """Say it; called periodically by Detectron2's ``PeriodicWriter``."""
+        storage = get_event_storage()
+        latest = storage.latest()
+        if "total_loss" not in latest or storage.iter >= self._max_iter:
+            return
+        done = storage.iter + 1
+        smooth = {
+            name: storage.history(name).median(20)
+            for name in latest
+            if name == "total_loss" or name.startswith("loss")
+        }
+        total = smooth.pop("total_loss")
+        terms = ", ".join(f"{name.removeprefix('loss_')} {x:.3g}" for name, x in smooth.items())
+        parts = [f"loss {total:.4g}" + (f" ({terms})" if terms else "")]
+        parts.append(f"lr {latest['lr'][0]:.3g}")
+        if "time" in latest:  # Detectron2 leaves the first iterations out
+            seconds = storage.history("time").median(1000)
+            eta = timedelta(seconds=int(seconds * (self._max_iter - done)))
+            storage.put_scalar("eta_seconds", eta.total_seconds(), smoothing_hint=False)
+            data = storage.history("data_time").avg(20)
+            parts.append(f"{seconds:.3f} s each, {data:.3f} of it for data")
+            parts.append(f"eta {eta}")
+        if torch.cuda.is_available():
+            parts.append(f"GPU {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+        text = " | ".join(parts)
+        _logger.info("iteration %d/%d | %s", done, self._max_iter, text, extra={"progress": True})
+        if self._terminal:
+            if self._bar is None:
+                self._bar = tqdm(total=self._max_iter, initial=done, file=sys.stderr, unit="it")
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it is, on a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def forget_after(metrics_file: str | os.PathLike[str], iteration: int) -> None:
+    """Take out of metrics.json what a resumed training will write again, and half a last line.
+
+    Args:
+        metrics_file: JSON lines, each with an ``iteration``; may be missing.
+        iteration: the first one that will be run again.
+    """
+    file = Path(metrics_file)
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that a killed process was writing
+            continue
+        if isinstance(row, dict) and row.get("iteration", 0) < iteration:
+            kept.append(line + "\n")
+    new = file.with_name(file.name + ".tmp")
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, file)

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: one optimizer step at a time, from any step on.
+
+What a step does is a function of the weights, the optimizer, the average and the step's number:
+batches and random numbers are drawn from a seed and that number. So a resumed training equals the
+unbroken one.
+"""
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from detectron2.engine import TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from .errors import TrainingError, TrainingStoppedError
+
+__all__ = ["Average", "Loader", "Trainer"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Loader(Protocol):
+    """Batches that can be had from any number on (:class:`d2_decouple.data.loader.TrainLoader`)."""
+
+    seed: int | None
+
+    def batches(self, start: int = 0) -> Generator[list[dict[str, Any]], None, None]:
+        """Batch number ``start``, and all that follow it."""
+
+
+class Average:
+    """Exponential moving average of a model's parameters and buffers (torch's ``AveragedModel``).
+
+    Early on the decay is (1 + t) / (10 + t) after t updates, so that a short training is not
+    dominated by its first weights. Counters are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """
+        Args:
+            model: what is averaged, without a wrapper for distributed training.
+            decay: share of the average that an update keeps, below 1.
+
+        Raises:
+            TrainingError: a decay that is none.
+        """
+        if not 0 < decay < 1:
+            raise TrainingError(f"the decay of an average lies between 0 and 1, got {decay}")
+        self._decay = decay
+        self._averaged = AveragedModel(model, multi_avg_fn=self._mix, use_buffers=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged model."""
+        return self._averaged.module
+
+    def update(self, model: nn.Module) -> None:
+        """Mix the model's present weights in."""
+        self._averaged.update_parameters(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averaged weights under the model's own names, so that anybody can load them."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take weights that :meth:`state_dict` gave."""
+        self.model.load_state_dict(state)
+
+    @property
+    def updates(self) -> int:
+        """How often the average was updated."""
+        return int(self._averaged.n_averaged)
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        self._averaged.n_averaged.fill_(value)
+
+    @torch.no_grad()
+    def _mix(self, averaged: Sequence[Tensor], new: Sequence[Tensor], updates: Any) -> None:
+        count = int(updates)
+        kept = min(self._decay, (1 + count) / (10 + count))
+        for mean, value in zip(averaged, new, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - kept)
+            else:
+                mean.copy_(value)
+
+
+class Trainer(TrainerBase):
+    """Detectron2's trainer base with accumulation, clipping, averaging and mixed precision.
+
+    It stops between two steps when SIGTERM or SIGINT comes; a hook can see that in ``stopping``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        loader: Loader,
+        optimizer: torch.optim.Optimizer,
+        precision: torch.dtype | None = None,
+        accumulate: int = 1,
+        max_grad_norm: float | None = None,
+        average: Average | None = None,
+        failures: str | Path = ".",
+    ) -> None:
+        """
+        Args:
+            model: gives a dict of losses; perhaps wrapped for distributed training.
+            loader: training batches.
+            optimizer: of the model's parameters.
+            precision: dtype of autocast; None for full precision. float16 scales the loss.
+            accumulate: batches of a step; their gradients are averaged.
+            max_grad_norm: gradients are scaled down to this norm, all parameters together.
+            average: updated after every step.
+            failures: folder where a batch with a loss that is not finite is saved.
+        """
+        super().__init__()
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self._loader, self._accumulate, self._max_grad_norm = loader, accumulate, max_grad_norm
+        self._device = next(model.parameters()).device
+        self._precision, self._failures = precision, Path(failures)
+        half = precision is torch.float16
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=half)
+        self._batches: Generator[list[dict[str, Any]], None, None] | None = None
+        self._signal: int | None = None
+        self.stopping = False
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """Run the steps ``start_iter`` to ``max_iter - 1`` with all hooks.
+
+        Raises:
+            TrainingStoppedError: a signal came.
+            TrainingError: a loss is not finite.
+        """
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        with EventStorage(start_iter) as self.storage, self._listening():
+            try:
+                self.before_train()
+                for self.iter in range(start_iter, max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    if self.stopping:
+                        raise self.stopped()
+                self.iter += 1
+            finally:
+                self.after_train()
+                if self._batches is not None:
+                    self._batches.close()  # ends its worker processes
+                    self._batches = None
+
+    def run_step(self) -> None:
+        """Average the gradients of the step's batches, and update the weights."""
+        start = time.perf_counter()
+        if self._batches is None:
+            self._batches = self._loader.batches(self.iter * self._accumulate)
+        # All of them before the first forward, which changes batch norm's statistics: if one
+        # cannot be loaded, the state is still that of the step before.
+        batches = [next(self._batches) for _ in range(self._accumulate)]
+        data_time = time.perf_counter() - start
+        _seed_step(self._loader.seed or 0, self.iter)
+        self.model.train()
+        self.optimizer.zero_grad()
+        mean: dict[str, float] = {}
+        for batch in batches:
+            with self._synchronized(batch is batches[-1]):
+                losses = self._losses(batch)
+                for name, value in self._finite(losses, batch).items():
+                    mean[name] = mean.get(name, 0.0) + value / len(batches)
+                total = torch.stack(list(losses.values())).sum() / len(batches)
+                self._scaler.scale(total).backward()
+        self._update()
+        self._record(mean, data_time)
+
+    def stopped(self) -> TrainingStoppedError:
+        """The exception that ends a training which a signal stopped, once its state is saved."""
+        number = self._signal or signal.SIGTERM
+        return TrainingStoppedError(
+            f"stopped by {signal.Signals(number).name} after {self.iter + 1} of {self.max_iter} "
+            "iterations; everything is saved. The same command with --resume goes on exactly here",
+            128 + number,
+        )
+
+    @property
+    def signalled(self) -> bool:
+        """Whether this process got a signal, which ``stopping`` says for all of them."""
+        return self._signal is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside the weights."""
+        state = super().state_dict()
+        state["optimizer"] = self.optimizer.state_dict()
+        state["scaler"] = self._scaler.state_dict()
+        state["seed"] = self._loader.seed
+        state["accumulate"] = self._accumulate
+        state["average_updates"] = self.average.updates if self.average else 0
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        super().load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            self._scaler.load_state_dict(state["scaler"])
+        if state.get("seed") is not None:
+            self._loader.seed = state["seed"]
+        if self.average:
+            self.average.updates = state.get("average_updates", 0)
+
+    def _losses(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if self._precision is None:
+            return self.model(batch)
+        with torch.autocast(self._device.type, dtype=self._precision):
+            return self.model(batch)
+
+    def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
+        """Processes exchange gradients once a step, with its last batch."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def _finite(
+        self, losses: Mapping[str, Tensor], batch: list[dict[str, Any]]
+    ) -> dict[str, float]:
+        """The losses' values, averaged over all processes; they decide together what they do."""
+        own = torch.stack([loss.detach().float() for loss in losses.values()])
+        asked = own.new_tensor([float(self.signalled)])
+        shared = torch.cat((own, asked))
+        if comm.get_world_size() > 1:
+            dist.all_reduce(shared)
+            self.stopping = self.stopping or bool(shared[-1] > 0)
+        values = (shared[:-1] / comm.get_world_size()).tolist()
+        mean = dict(zip(losses, values, strict=True))
+        if not np.isfinite(values).all():
+            raise TrainingError(
+                self._not_finite(dict(zip(losses, own.tolist(), strict=True)), batch)
+            )
+        return mean
+
+    def _not_finite(self, losses: dict[str, float], batch: list[dict[str, Any]]) -> str:
+        terms = [name for name, value in losses.items() if not np.isfinite(value)]
+        if not terms:
+            return f"a loss became infinite or NaN in another process at iteration {self.iter}"
+        images = [str(item.get("image_id", item.get("file_name"))) for item in batch]
+        file = self._failures / f"not_finite_{self.iter:07d}_rank{comm.get_rank()}.pth"
+        kept = f"the batch is in {file}"
+        try:
+            torch.save({"iteration": self.iter, "losses": losses, "batch": _plain(batch)}, file)
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+            kept = f"the batch could not be saved in {file} ({error})"
+        listed = ", ".join(f"{name} = {value:g}" for name, value in losses.items())
+        return (
+            f"{' and '.join(terms)} became infinite or NaN at iteration {self.iter} ({listed}), "
+            f"learning rate {self.optimizer.param_groups[0]['lr']:g}, images {', '.join(images)}. "
+            f"The weights were not updated with it; {kept}. Look at these images' annotations, "
+            " or lower the rate: type optimizer.lr=0.001 (yacs: SOLVER.BASE_LR 0.001),"
+            " or clip gradients: train.max_grad_norm=10; --resume goes on from the last checkpoint"
+        )
+
+    def _update(self) -> None:
+        if self._max_grad_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = nn.utils.clip_grad_norm_(trained, self._max_grad_norm)
+            self.storage.put_scalar("grad_norm", norm.item())
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if self.average is not None:
+            self.average.update(_unwrapped(self.model))
+        if comm.get_world_size() == 1:  # else all processes learn it from the next losses
+            self.stopping = self.signalled
+
+    def _record(self, losses: Mapping[str, float], data_time: float) -> None:
+        self.storage.put_scalar("data_time", data_time)
+        self.storage.put_scalar("total_loss", sum(losses.values()))
+        if len(losses) > 1:
+            self.storage.put_scalars(**losses)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Note the first signal; a second one does what it always did."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may
+            return
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+            restore()
+
+        for number in _SIGNALS:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _seed_step(seed: int, iteration: int) -> None:
+    """Draws of the model (dropout, sampled proposals) depend on the step and the process alone."""
+    sequence = np.random.SeedSequence((seed, iteration, comm.get_rank(), 1))
+    drawn = int(sequence.generate_state(1)[0])
+    random.seed(drawn)
+    np.random.seed(drawn)
+    torch.manual_seed(drawn)
+
+
+def _plain(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A batch as tensors and plain values, which can be loaded without running code."""
+    plain = []
+    for item in batch:
+        kept = {k: v for k, v in item.items() if isinstance(v, Tensor | str | int | float)}
+        if "instances" in item:
+            truth = item["instances"]
+            kept["gt_boxes"] = truth.gt_boxes.tensor
+            kept["gt_classes"] = truth.gt_classes
+        plain.append(kept)
+    return plain
