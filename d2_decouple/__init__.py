@@ -14,6 +14,7 @@ _LAZY_NAMES = {
     "DensePredictions": "structures",
     "DenseTargets": "structures",
     "OneStageDetector": "modeling",
+    "Predictor": "engine.predictor",
     "add_decouple_config": "config",
     "config_names": "config",
     "get_config": "config",

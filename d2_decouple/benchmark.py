@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import nn
@@ -31,6 +32,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from .config import get_config, nearest
+from .engine.predictor import Predictor
 
 __all__ = ["ROWS", "Row", "main"]
 
@@ -124,6 +126,18 @@ def _our_inference(build: Callable[[], nn.Module]) -> Step:
     return step
 
 
+def _our_predictor(precision: str) -> Step:
+    predictor = Predictor(
+        _our_fcos(),
+        augmentations=[ResizeShortestEdge(min(_SIZE), max(_SIZE))],
+        classes=[str(index) for index in range(_CLASSES)],
+        device="cpu",
+        precision=precision,
+    )
+    array = _image().permute(1, 2, 0).contiguous().numpy()
+    return lambda: predictor(array)
+
+
 def _torchvision_inference(build: Callable[[], nn.Module]) -> Step:
     model, image = build().eval(), _image() / 255
 
@@ -171,6 +185,16 @@ def _fcos_row(ours: Any, reference: Any, other: Callable[[], nn.Module], target:
     )
 
 
+def _predictor_row(precision: str, target: float) -> Row:
+    return Row(
+        ours=lambda: _our_predictor(precision),
+        reference=lambda: _torchvision_inference(_torchvision_fcos),
+        reference_name="torchvision FCOS as shipped",
+        target=target,
+        setting=f"{_FCOS_SETTING}; ours is the Predictor given an array, in {precision}",
+    )
+
+
 ROWS: dict[str, Row] = {
     "fcos_inference": _fcos_row(_our_inference, _torchvision_inference, _torchvision_fcos, 0.75),
     "fcos_train_step": _fcos_row(_our_training, _torchvision_training, _torchvision_fcos, 0.75),
@@ -180,6 +204,8 @@ ROWS: dict[str, Row] = {
     "fcos_train_step_channels_last": _fcos_row(
         _our_training, _torchvision_training, _torchvision_channels_last, 1.0
     ),
+    "fcos_predictor": _predictor_row("float32", 0.70),
+    "fcos_predictor_bfloat16": _predictor_row("bfloat16", 0.45),
 }
 
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
-from .config import ConfigError, add_decouple_config, check_key, find_config, get_config
+from .config import ConfigError, apply_overrides, find_config, get_config
+from .data import register_folder
 from .engine import (
     EXPECTED_ERRORS,
     Recipe,
+    check_data,
     check_recipe,
     evaluate,
     lazy_recipe,
@@ -29,12 +30,17 @@ from .engine import (
     train,
     yacs_recipe,
 )
+from .engine.inference_config import yacs_config
+from .engine.own_data import use_folder, use_folder_yacs
 from .engine.train import distributed, load_weights
+
+_SMALL_RECIPE = "fcos_R_18_FPN_bccd"  # learns from a few dozen images, without pretrained weights
 
 __all__ = ["main", "parse_arguments", "run"]
 
 _EPILOG = """
 examples:
+  python -m d2_decouple.train --dataset FOLDER
   python -m d2_decouple.train --config-file fcos_R_18_FPN_bccd
   python -m d2_decouple.train --config-file fcos_R_50_FPN_1x --num-gpus 8 train.output_dir=out
   python -m d2_decouple.train --config-file fcos_R_50_FPN_1x.yaml OUTPUT_DIR out
@@ -50,6 +56,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = default_argument_parser(epilog=_EPILOG)
     parser.prog = "python -m d2_decouple.train"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--dataset",
+        metavar="FOLDER",
+        help="train on this folder of labelled images (Pascal VOC or COCO format) with its own "
+        f"classes and splits; without --config-file the recipe is {_SMALL_RECIPE}",
+    )
     return parser.parse_args(arguments)
 
 
@@ -57,14 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = parse_arguments(arguments)
     try:
-        if not args.config_file:
-            raise ConfigError("no config given: type --config-file NAME_OR_FILE")
+        if not args.config_file and not args.dataset:
+            raise ConfigError(
+                "no config given: type --config-file NAME_OR_FILE, or --dataset FOLDER"
+            )
         late = [option for option in args.opts if option.startswith("--")]
         if late:
             raise ConfigError(
                 f"{', '.join(late)} would be taken for an override: type options before key=value"
             )
-        args.config_file = str(find_config(args.config_file))
+        args.config_file = str(find_config(args.config_file or _SMALL_RECIPE))
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return _in_torchrun(args)
         gpus = torch.cuda.device_count()
@@ -120,6 +134,7 @@ def run(args: argparse.Namespace, recipe: Recipe | None = None) -> dict[str, Any
     recipe = recipe or _recipe(args)
     check_recipe(recipe, training=not args.eval_only, resume=args.resume)
     set_up(recipe, args)
+    check_data(recipe, training=not args.eval_only)
     if not args.eval_only:
         return train(recipe, resume=args.resume)
     model = recipe.model()
@@ -129,24 +144,16 @@ def run(args: argparse.Namespace, recipe: Recipe | None = None) -> dict[str, Any
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     path = Path(args.config_file)
+    folder = register_folder(args.dataset) if args.dataset else None
+    if folder is not None and comm.is_main_process():
+        print(*folder.notes, f"recipe: {path.stem}", sep="\n")
     if path.suffix == ".py":
-        return lazy_recipe(get_config(path, args.opts))
-    cfg = get_cfg()
-    add_decouple_config(cfg)
-    # The shipped yaml files say nothing about the device; the machine does.
-    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    if len(args.opts) % 2:
-        raise ConfigError(
-            f"a yacs config is overridden by pairs, KEY VALUE; got {' '.join(args.opts)!r}"
-        )
-    for key in args.opts[::2]:
-        check_key(cfg, key, key)
-    try:
-        cfg.merge_from_file(str(path))
-        cfg.merge_from_list(args.opts)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path.name} or an override of it: {error}") from error
-    return yacs_recipe(cfg)
+        cfg = get_config(path)
+        if folder is not None:
+            use_folder(cfg, folder)
+        return lazy_recipe(apply_overrides(cfg, args.opts))
+    given = (lambda cfg: use_folder_yacs(cfg, folder)) if folder else (lambda cfg: None)
+    return yacs_recipe(yacs_config(path, args.opts, given))
 
 
 if __name__ == "__main__":

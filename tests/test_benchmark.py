@@ -62,7 +62,7 @@ def test_only_chooses_and_an_unknown_row_names_the_nearest(rows, tmp_path):
 def test_list_names_target_reference_and_setting(capsys):
     assert benchmark.main(["--list"]) == 0
     printed = capsys.readouterr().out
-    for name in ("fcos_inference", "fcos_train_step"):
+    for name in ("fcos_inference", "fcos_train_step", "fcos_predictor", "fcos_predictor_bfloat16"):
         assert name in printed
     assert "0.75 x torchvision FCOS as shipped" in printed
     assert "800x1216" in printed
@@ -72,10 +72,10 @@ def test_list_names_target_reference_and_setting(capsys):
 def test_both_sides_of_the_fcos_rows_select_among_planted_candidates(monkeypatch):
     """Random weights detect nothing, which would hide the cost of selection."""
     monkeypatch.setattr(benchmark, "_SIZE", (128, 160))
-    for step in (
-        benchmark._our_inference(benchmark._our_fcos),
-        benchmark._torchvision_inference(benchmark._torchvision_fcos),
-    ):
-        (found,) = step()
-        scores = found["instances"].scores if "instances" in found else found["scores"]
-        assert len(scores) == 100
+    (ours,) = benchmark._our_inference(benchmark._our_fcos)()
+    (theirs,) = benchmark._torchvision_inference(benchmark._torchvision_fcos)()
+    assert len(ours["instances"]) == len(theirs["scores"]) == 100
+    for precision in ("float32", "bfloat16"):
+        found = benchmark._our_predictor(precision)()
+        assert len(found) == 100
+        assert found.image_size == (128, 160)

@@ -22,6 +22,7 @@ from d2_decouple.config import ConfigError, configs_root, find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "fcos_R_50_FPN_1x"
+OURS = [name for name in config_names() if not name.endswith("_bccd_d2")]  # the rest has its own
 YAMLS = sorted((configs_root() / "baselines").glob("*.yaml"))
 
 
@@ -117,7 +118,7 @@ def test_recipes_do_not_share_state():
     assert get_config("fcos_R_50_FPN_1x_d2").model.selection.candidates.test_score_thresh == 0.2
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", OURS)
 def test_every_recipe_trains_a_step(name):
     cfg = tiny(get_config(name))
     assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= cfg.keys()
@@ -136,7 +137,7 @@ def test_every_recipe_trains_a_step(name):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", OURS)
 def test_every_recipe_can_be_saved_and_loaded(name, tmp_path):
     """Detectron2's launcher saves the config: no lambdas, nothing that only pickle can keep."""
     cfg = get_config(name)

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import instantiate
 from torch import Tensor
+from util import excite
 
+from d2_decouple.checkpoint import Checkpointer
 from d2_decouple.config import config_names, find_config, get_config
 from d2_decouple.modeling import SharedContext
 
@@ -157,11 +160,31 @@ def test_every_recipe_has_a_row_in_the_results_and_every_row_a_recipe() -> None:
 
 
 def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks("README.md", "python")
+    inference, code = blocks("README.md", "python")
+    compile(inference, "README.md", "exec")  # run by the test below, on a model
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert str(config_names()) in capsys.readouterr().out
     assert names["model"].head.cls_score.out_channels == 20
+
+
+def test_inference_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "output").mkdir()
+    model = instantiate(get_config("fcos_R_18_FPN_bccd").model)
+    excite(model)
+    Checkpointer(model, str(tmp_path / "output"), extras={"classes": ["a", "b", "c"]}).save(
+        "model_best"
+    )
+    picture = next((ROOT / "tests" / "data" / "bccd_mini" / "JPEGImages").glob("*.jpg"))
+    shutil.copy(picture, tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), names)
+    assert names["detections"].image_size == (480, 640)
+    assert len(names["detections"])
+    assert "('a', 0." in capsys.readouterr().out
 
 
 def test_method_of_the_contributing_guide_goes_into_its_slot() -> None:

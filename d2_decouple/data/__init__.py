@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets: Pascal VOC folders as Detectron2 datasets, and the sets that the recipes name."""
+"""Datasets: VOC and COCO folders as Detectron2 datasets, their checks, and training batches.
 
+``checks`` and ``shapes`` are commands, too, and so imported by their own names.
+"""
+
+from d2_decouple.data.coco import load_coco, register_coco
 from d2_decouple.data.datasets import (
     BCCD_CLASSES,
     coco_evaluator,
     ground_truth,
-    load_voc,
     register_bccd,
-    register_voc,
     require_dataset,
 )
+from d2_decouple.data.folders import FolderDataset, register_folder
+from d2_decouple.data.loader import DataError, TrainLoader
+from d2_decouple.data.voc import load_voc, register_voc
 
 __all__ = [
     "BCCD_CLASSES",
+    "DataError",
+    "FolderDataset",
+    "TrainLoader",
     "coco_evaluator",
     "ground_truth",
+    "load_coco",
     "load_voc",
     "register_bccd",
+    "register_coco",
+    "register_folder",
     "register_voc",
     "require_dataset",
 ]

@@ -25,6 +25,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..config import ConfigError
+from .images import read_pixels
 
 __all__ = ["Albumentations", "BoxAwareMapper", "RandomCropKeepingObjects", "TorchvisionV2"]
 
@@ -38,7 +39,9 @@ class BoxAwareMapper(DatasetMapper):
 
     Every augmentation gets the picture and all boxes of the image together, those that others
     have emptied included. What is left without an area is dropped at the end, with its class.
-    With Detectron2's own augmentations the results are those of ``DatasetMapper``.
+    With Detectron2's own augmentations the results are those of ``DatasetMapper``, but for images
+    of 16 bits and transparent ones: they are read as for inference (:mod:`.images`), where
+    Detectron2 would turn the former white.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,6 +53,8 @@ class BoxAwareMapper(DatasetMapper):
                     f"BoxAwareMapper moves boxes only, got {name}={getattr(self, name)}; use "
                     "detectron2.data.DatasetMapper, with Detectron2's own augmentations"
                 )
+        if self.image_format not in ("BGR", "RGB"):
+            raise ConfigError(f"image_format must be 'BGR' or 'RGB', got {self.image_format!r}")
         for augmentation in self.augmentations.augs:
             order = getattr(augmentation, "image_format", self.image_format)
             if order != self.image_format:
@@ -63,7 +68,7 @@ class BoxAwareMapper(DatasetMapper):
         ``instances`` (``gt_boxes`` as xyxy pixels of that image, ``gt_classes``), without crowds.
         """
         record = copy.deepcopy(dataset_dict)
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        image = read_pixels(record["file_name"], self.image_format)
         detection_utils.check_image_size(record, image)
         annotated = "annotations" in record and self.is_train
         objects = [item for item in record.pop("annotations", []) if not item.get("iscrowd", 0)]

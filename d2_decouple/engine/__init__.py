@@ -2,7 +2,7 @@
 """What a launcher needs beyond Detectron2's own trainer."""
 
 from .errors import EXPECTED_ERRORS, TrainingError, TrainingStoppedError
-from .recipe import Recipe, check_recipe, lazy_recipe, yacs_recipe
+from .recipe import Recipe, check_data, check_recipe, lazy_recipe, yacs_recipe
 from .train import evaluate, set_up, train
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Recipe",
     "TrainingError",
     "TrainingStoppedError",
+    "check_data",
     "check_recipe",
     "evaluate",
     "lazy_recipe",

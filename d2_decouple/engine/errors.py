@@ -4,6 +4,7 @@
 from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..data.loader import DataError
+from ..evaluation import EvaluationError
 
 __all__ = ["EXPECTED_ERRORS", "TrainingError", "TrainingStoppedError"]
 
@@ -24,5 +25,12 @@ class TrainingStoppedError(TrainingError):
         self.exit_status = exit_status
 
 
-EXPECTED_ERRORS = (ConfigError, CheckpointError, DataError, TrainingError, FileNotFoundError)
+EXPECTED_ERRORS = (
+    ConfigError,
+    CheckpointError,
+    DataError,
+    EvaluationError,
+    TrainingError,
+    FileNotFoundError,
+)
 """Errors whose message is written for the user of a command."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One view of both kinds of config, so that there is one training loop."""
 
+import copy
 import logging
 import os
 import tempfile
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
@@ -21,16 +21,21 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError, door_recipe
-from ..data import coco_evaluator, register_bccd, require_dataset
-from ..data.loader import TrainLoader
-from ..modeling import OneStageDetector
+from ..data import register_bccd, require_dataset
+from ..data.augmentation import BoxAwareMapper
+from ..data.checks import check_datasets
+from ..data.loader import DataError, TrainLoader
+from ..evaluation import BoxEvaluator
+from ..modeling import OneStageDetector, TestTimeAugmentation
 from .trainer import Loader
 
-__all__ = ["Recipe", "check_recipe", "lazy_recipe", "yacs_recipe"]
+__all__ = ["Recipe", "check_data", "check_recipe", "lazy_recipe", "yacs_recipe"]
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ class Recipe:
         lr_scheduler: builds, for an optimizer, what Detectron2's ``LRScheduler`` hook takes.
         train_loader: builds the training loader.
         evaluations: builds, for each test set, its name, loader and evaluator.
+        evaluated: what is run of a model in evaluation: itself, or test-time augmentation of it.
     """
 
     config: Any
@@ -92,6 +98,7 @@ class Recipe:
     lr_scheduler: Callable[[torch.optim.Optimizer], Any]
     train_loader: Callable[[], Loader]
     evaluations: Callable[[], Iterable[tuple[str, Iterable[Any], DatasetEvaluator]]]
+    evaluated: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 def lazy_recipe(cfg: DictConfig) -> Recipe:
@@ -112,12 +119,29 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
     def train_loader() -> Loader:
         return _seeded(_resumable(instantiate(cfg.dataloader.train)), options.get("seed", -1))
 
+    tta = dict(options.get("tta", {"enabled": False}))
+    augmented = tta.pop("enabled")
+
     def evaluations() -> Iterable[tuple[str, Iterable[Any], DatasetEvaluator]]:
+        test = copy.deepcopy(cfg.dataloader.test)
+        if augmented:
+            test.mapper.augmentations = []  # it resizes by itself, from the original
         yield (
             test_set.names,
-            instantiate(cfg.dataloader.test),
+            instantiate(test),
             instantiate(cfg.dataloader.evaluator),
         )
+
+    def evaluated(model: nn.Module) -> nn.Module:
+        if not augmented:
+            return model
+        inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+        try:
+            return TestTimeAugmentation.around(
+                inner, instantiate(cfg.dataloader.test.mapper.augmentations), **tta
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"train.tta: {error}") from error
 
     return Recipe(
         config=cfg,
@@ -142,6 +166,7 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         lr_scheduler=lambda _: instantiate(cfg.lr_multiplier),
         train_loader=train_loader,
         evaluations=evaluations,
+        evaluated=evaluated,
     )
 
 
@@ -157,8 +182,11 @@ def yacs_recipe(cfg: CfgNode) -> Recipe:
 
     def evaluations() -> Iterable[tuple[str, Iterable[Any], DatasetEvaluator]]:
         for name in cfg.DATASETS.TEST:
-            evaluator = coco_evaluator(dataset_name=name, output_dir=cfg.OUTPUT_DIR)
-            yield name, build_detection_test_loader(cfg, name), evaluator
+            several = len(cfg.DATASETS.TEST) > 1
+            folder = os.path.join(cfg.OUTPUT_DIR, name) if several else cfg.OUTPUT_DIR
+            evaluator = BoxEvaluator(dataset_name=name, output_dir=folder)
+            mapper = BoxAwareMapper(cfg, False)
+            yield name, build_detection_test_loader(cfg, name, mapper=mapper), evaluator
 
     return Recipe(
         config=cfg,
@@ -250,7 +278,7 @@ def _yacs_loader(cfg: CfgNode) -> TrainLoader:
         )
     return TrainLoader(
         dataset=records,
-        mapper=DatasetMapper(cfg, True),
+        mapper=BoxAwareMapper(cfg, True),
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         num_workers=options.NUM_WORKERS,
         aspect_ratio_grouping=options.ASPECT_RATIO_GROUPING,
@@ -299,6 +327,31 @@ def check_recipe(recipe: Recipe, *, training: bool = True, resume: bool = False)
         raise ConfigError(
             f"{recipe.output_dir} holds an earlier training ({last.read_text().strip()}), which a "
             f"new one would overwrite; type --resume to go on with it, or {other_folder}"
+        )
+
+
+def check_data(recipe: Recipe, *, training: bool = True) -> None:
+    """Look for what would stop or spoil a training in its data; warnings go to the log.
+
+    The first process does it for all. Images' headers are read, of at most some thousands.
+
+    Raises:
+        DataError: there is such a fault.
+    """
+    if not comm.is_main_process():
+        return
+    report = check_datasets(
+        recipe.train_datasets if training else (),
+        recipe.test_datasets,
+        num_classes=recipe.num_classes,
+        decode=False,
+    )
+    for line in report.warnings:
+        _logger.warning("%s", line)
+    if report.faults:
+        raise DataError(
+            "\n".join(["these faults in the data would stop or spoil a training:", *report.faults])
+            + "\n`python -m d2_decouple.data.checks` with the folder lists them all"
         )
 
 

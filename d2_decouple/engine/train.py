@@ -179,7 +179,7 @@ def evaluate(
     """
     results = {}
     for name, loader, evaluator in recipe.evaluations():
-        results[name] = inference_on_dataset(model, wrap(loader), evaluator)
+        results[name] = inference_on_dataset(recipe.evaluated(model), wrap(loader), evaluator)
         if comm.is_main_process():
             _logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])

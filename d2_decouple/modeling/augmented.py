@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from ..data.images import read_pixels
 from .detector import OneStageDetector
 from .selection import Selection, clip_to_image
 
 __all__ = ["TestTimeAugmentation"]
 
 Size = tuple[int, int]
+
+_SCALES = (0.75, 1.0, 1.25)  # of the size that a detector is tested with
 
 
 class TestTimeAugmentation(nn.Module):
@@ -101,8 +103,27 @@ class TestTimeAugmentation(nn.Module):
         if "image" in item:
             return np.ascontiguousarray(item["image"].permute(1, 2, 0).cpu().numpy())
         if "file_name" in item:
-            return read_image(item["file_name"], format=self.model.input_format)
+            return read_pixels(item["file_name"], self.model.input_format)
         raise ValueError(f"an input needs 'image' or 'file_name', got only {sorted(item)}")
+
+    @classmethod
+    def around(
+        cls, model: OneStageDetector, augmentations: Sequence[T.Augmentation], **options: Any
+    ) -> "TestTimeAugmentation":
+        """Sizes around the one that a detector is tested with, unless ``options`` say which.
+
+        Args:
+            model: as in the constructor.
+            augmentations: those of its test images; a ``T.ResizeShortestEdge`` gives the size.
+            options: arguments of the constructor; None stands for the default.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        resize = next((x for x in augmentations if isinstance(x, T.ResizeShortestEdge)), None)
+        if resize is not None:
+            length, limit = resize.short_edge_length[0], resize.max_size
+            given.setdefault("short_edge_lengths", [round(x * length) for x in _SCALES])
+            given.setdefault("max_size", round(max(_SCALES) * limit))
+        return cls(model, **given).eval()
 
     def _variants(self, image: np.ndarray) -> Iterator[tuple[Tensor, bool]]:
         """The (C, H', W') images to look at, and whether each is mirrored."""

@@ -4,7 +4,7 @@
 import pytest
 from PIL import Image
 
-from d2_decouple.data import load_voc
+from d2_decouple.data import DataError, load_voc
 
 
 @pytest.fixture
@@ -46,23 +46,38 @@ def test_boxes_beyond_the_image_are_cut_and_counted(folder, caplog):
         [[0, 0, 10, 10]],
         [[30, 20, 40, 30], [0, 2, 8, 9]],
     ]
-    assert "1 boxes reach beyond their image and are cut, the first in 1" in caplog.text
-    assert "no area" not in caplog.text
+    text = f"boxes that reach beyond their image, cut: 2 (the first in {root}/JPEGImages/1.png)"
+    assert f"{root}, split 'train': {text}\n" in caplog.text
 
 
 def test_boxes_without_area_are_dropped_and_counted(folder, caplog):
     # Inverted, empty (VOC's corners are inclusive, so xmax = xmin - 1), and outside altogether.
     root = folder([(30, 5, 10, 9), (5, 5, 4, 9)], [(5000, 3, 5010, 9), (1, 1, 1, 1)])
     assert boxes(load_voc(root, "train", ["cell"])) == [[], [[0, 0, 1, 1]]]
-    assert "3 boxes have no area and are dropped, the first in 0" in caplog.text
+    assert "boxes without area inside their image, dropped: 3 (the first in" in caplog.text
+    assert "0.png" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_corner_that_is_not_finite_drops_its_box_alone(folder, caplog, value):
+    root = folder([(1, 1, 10, value), (2, 2, 9, 9), (1, value, 9, 8)])
+    assert boxes(load_voc(root, "train", ["cell"])) == [[[1, 1, 9, 9]]]
+    assert "boxes with a NaN or infinite coordinate, dropped: 2 (the first in" in caplog.text
+
+
+def test_all_that_was_mended_is_said_in_one_warning(folder, caplog):
+    load_voc(folder([(1, 1, 99, 9), (5, 5, 4, 9), (1, 1, 9, "nan")]), "train", ["cell"])
+    assert len(caplog.records) == 1
+    assert caplog.text.count(": 1 (the first in") == 3
 
 
 def test_sound_boxes_pass_without_a_word(folder, caplog):
-    load_voc(folder([(1, 1, 40, 30)], []), "train", ["cell"])
+    # The second box counts from 0, as some tools do.
+    load_voc(folder([(1, 1, 40, 30), (0, 0, 39, 29)], []), "train", ["cell"])
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "", "12px"])
+@pytest.mark.parametrize("value", ["", "12px"])
 def test_a_corner_that_is_no_number_names_file_and_value(folder, value):
     root = folder([(1, 1, 10, value)])
     with pytest.raises(ValueError, match=r"0\.xml: <bndbox/ymax> is '.*', wanted a number"):
@@ -75,3 +90,82 @@ def test_missing_images_are_counted_and_the_first_is_named(folder):
     (root / "JPEGImages/2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"2 of the 3 images .*'train'.*JPEGImages.1\.png"):
         load_voc(root, "train", ["cell"])
+
+
+def replace_in(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../0.png", "/etc/0.png", "sub/../../0.png", "C:\\0.png", "\\\\host\\0.png", "..\\0.png"],
+)
+def test_a_filename_that_leads_out_of_the_folder_is_refused(folder, name):
+    root = folder([])
+    replace_in(root / "Annotations/0.xml", "0.png", name)
+    with pytest.raises(DataError, match=r"0\.xml: <filename> is .* wanted a path inside") as caught:
+        load_voc(root, "train", ["cell"])
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../0", "/etc/0", "a/../../0"])
+def test_an_id_that_leads_out_of_the_folder_is_refused(folder, name):
+    root = folder([])
+    (root / "ImageSets/Main/train.txt").write_text(name)
+    with pytest.raises(DataError, match=r"train\.txt: an id is .* wanted a path inside") as caught:
+        load_voc(root, "train", ["cell"])
+    assert repr(name) in str(caught.value)
+
+
+def test_an_id_that_comes_twice_is_named(folder):
+    root = folder([], [])
+    (root / "ImageSets/Main/train.txt").write_text("0\n1\n1\n")
+    with pytest.raises(DataError, match=r"ids in .*train\.txt: 1 come more than once, first '1'"):
+        load_voc(root, "train", ["cell"])
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_an_empty_split_is_named(folder, text):
+    root = folder([])
+    (root / "ImageSets/Main/train.txt").write_text(text)
+    with pytest.raises(DataError, match=r"split 'train' is empty: .*train\.txt names no image"):
+        load_voc(root, "train", ["cell"])
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "inf", "-40"])
+def test_an_image_size_that_cannot_be_is_named(folder, value):
+    root = folder([])
+    replace_in(root / "Annotations/0.xml", "<width>40<", f"<width>{value}<")
+    with pytest.raises(DataError, match=rf"0\.xml: <size/width> is '{value}', wanted the image's"):
+        load_voc(root, "train", ["cell"])
+
+
+@pytest.mark.parametrize(
+    ("place", "filename"),
+    [
+        ("JPEGImages/0.BMP", "0.png"),  # another suffix than said
+        ("JPEGImages/0.webp", ""),
+        ("JPEGImages/photo.tif", "photo.tif"),  # another name than the annotation's
+        ("images/0.jpg", "0.jpg"),
+        ("Annotations/0.png", "0.png"),
+        ("0.png", "0.png"),
+    ],
+)
+def test_images_are_found_wherever_and_whatever_they_are(folder, place, filename):
+    root = folder([])
+    replace_in(root / "Annotations/0.xml", "0.png", filename)
+    (root / "JPEGImages/0.png").unlink()
+    (root / place).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (40, 30)).save(root / place)
+    assert load_voc(root, "train", ["cell"])[0]["file_name"] == str(root / place)
+
+
+def test_names_of_images_may_hold_blanks_and_dots(folder):
+    root = folder([(1, 1, 5, 5)])
+    for old, new in (("Annotations/0.xml", "a b.c.xml"), ("JPEGImages/0.png", "a b.c.png")):
+        (root / old).rename((root / old).with_name(new))
+    (root / "ImageSets/Main/train.txt").write_text("a b.c\n")
+    (record,) = load_voc(root, "train", ["cell"])
+    assert record["file_name"] == str(root / "JPEGImages/a b.c.png")

@@ -6,9 +6,7 @@ The images are looked for in $DETECTRON2_DATASETS/BCCD, or datasets/BCCD where t
 `bccd_mini_train` and `bccd_mini_val` come with a checkout.
 """
 
-from detectron2.config import LazyCall as L
-
-from d2_decouple.data import coco_evaluator, register_bccd
+from d2_decouple.data import register_bccd
 
 from .coco import dataloader
 
@@ -24,8 +22,3 @@ for _mapper in (dataloader.train.mapper, dataloader.test.mapper):
 dataloader.train.total_batch_size = 4
 dataloader.train.num_workers = 2
 dataloader.test.num_workers = 2
-
-dataloader.evaluator = L(coco_evaluator)(
-    dataset_name="${..test.dataset.names}",
-    output_dir="${train.output_dir}",
-)

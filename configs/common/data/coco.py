@@ -3,21 +3,18 @@
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from omegaconf import OmegaConf
 
-from d2_decouple.data.loader import TrainLoader
+from d2_decouple.data import TrainLoader
+from d2_decouple.data.augmentation import BoxAwareMapper
+from d2_decouple.evaluation import BoxEvaluator
 
 dataloader = OmegaConf.create()
 
 dataloader.train = L(TrainLoader)(
     dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
-    mapper=L(DatasetMapper)(
+    mapper=L(BoxAwareMapper)(
         is_train=True,
         augmentations=[
             L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333),
@@ -32,7 +29,7 @@ dataloader.train = L(TrainLoader)(
 
 dataloader.test = L(build_detection_test_loader)(
     dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
-    mapper=L(DatasetMapper)(
+    mapper=L(BoxAwareMapper)(
         is_train=False,
         augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
         image_format="${...train.mapper.image_format}",
@@ -40,7 +37,7 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers=4,
 )
 
-dataloader.evaluator = L(COCOEvaluator)(
+dataloader.evaluator = L(BoxEvaluator)(
     dataset_name="${..test.dataset.names}",
     output_dir="${train.output_dir}",
 )

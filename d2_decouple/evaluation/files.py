@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_json", "write_text"]
+
+
+def write_json(file: Path, content: Any, *, indent: int | None = None) -> None:
+    """Replace the file; numbers that JSON does not have (NaN) are refused with ValueError."""
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(content, indent=indent, separators=separators, allow_nan=False)
+    write_text(file, text + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace the file, or leave the old one as it is where that fails."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
