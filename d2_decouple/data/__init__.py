@@ -7,7 +7,6 @@
 from d2_decouple.data.coco import load_coco, register_coco
 from d2_decouple.data.datasets import (
     BCCD_CLASSES,
-    coco_evaluator,
     ground_truth,
     register_bccd,
     require_dataset,
@@ -21,7 +20,6 @@ __all__ = [
     "DataError",
     "FolderDataset",
     "TrainLoader",
-    "coco_evaluator",
     "ground_truth",
     "load_coco",
     "load_voc",

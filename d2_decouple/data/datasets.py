@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import convert_to_coco_json
+from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import annotations_to_instances
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 
 from ..config import nearest
-from .records import DATASETS_PREFIX, Source
+from .records import DATASETS_PREFIX
 from .voc import register_voc
 
 __all__ = [
     "BCCD_CLASSES",
-    "coco_evaluator",
     "ground_truth",
     "register_bccd",
     "require_dataset",
@@ -63,27 +59,3 @@ def ground_truth(record: dict[str, Any]) -> Instances:
     """
     objects = [item for item in record["annotations"] if not item.get("iscrowd", 0)]
     return annotations_to_instances(objects, (record["height"], record["width"]))
-
-
-def coco_evaluator(*, dataset_name: str, output_dir: str, **options: Any) -> COCOEvaluator:
-    """Detectron2's ``COCOEvaluator``, which never measures against an earlier run's annotations.
-
-    For a set without a COCO file Detectron2 writes one into ``output_dir``, takes an old one it
-    finds there for good, and remembers the path for the whole process, even for an evaluator
-    with another ``output_dir``. So an edited annotation would not count, and an output folder
-    deleted between two evaluations would stop the second. Here sets of :func:`register_voc` and
-    :func:`register_coco` are converted anew for each evaluator, with their boxes cut to the
-    image; other sets are left to Detectron2.
-    """
-    require_dataset(dataset_name)
-    if not isinstance(DatasetCatalog[dataset_name], Source):
-        return COCOEvaluator(dataset_name, output_dir=output_dir, **options)
-    # Metadata refuse a second value for a key, so the path is put in and taken out by hand.
-    metadata = vars(MetadataCatalog.get(dataset_name))
-    json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
-    convert_to_coco_json(dataset_name, json_file, allow_cached=False)
-    metadata["json_file"] = json_file
-    try:
-        return COCOEvaluator(dataset_name, output_dir=output_dir, **options)
-    finally:
-        del metadata["json_file"]

@@ -191,7 +191,7 @@ def _detections(instances: Instances, image: ImageId, num_classes: int) -> Image
     instances = instances.to("cpu")
     boxes = instances.pred_boxes.tensor.detach().double().numpy()
     scores = instances.scores.detach().double().numpy()
-    classes = instances.pred_classes.numpy()
+    classes = instances.pred_classes.long().numpy()
     wrong = np.flatnonzero(~(np.isfinite(boxes).all(axis=1) & np.isfinite(scores)))
     if len(wrong):
         at = wrong[0]

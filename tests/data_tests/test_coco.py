@@ -11,7 +11,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from helpers_of_data import CLASSES, HEIGHT, WIDTH, coco_content, write_coco
 
-from d2_decouple.data import DataError, coco_evaluator, load_coco, register_coco
+from d2_decouple.data import DataError, load_coco, register_coco
+from d2_decouple.evaluation import BoxEvaluator
 
 pytestmark = pytest.mark.usefixtures("catalogs")
 
@@ -199,9 +200,7 @@ def test_the_garbage_collector_runs_again_afterwards(coco, content):
 def test_evaluation_with_ids_that_trouble_pycocotools(coco, tmp_path):
     """Neither annotation 0, nor gaps, nor keys that are missing from the file do harm."""
     register_coco("pets", *coco(coco_content()), classes=CLASSES)
-    evaluator = coco_evaluator(
-        dataset_name="pets", output_dir=str(tmp_path / "out"), distributed=False
-    )
+    evaluator = BoxEvaluator(dataset_name="pets", output_dir=tmp_path / "out")
     evaluator.reset()
     for record in DatasetCatalog.get("pets"):
         found = Instances((HEIGHT, WIDTH))

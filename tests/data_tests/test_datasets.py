@@ -8,20 +8,19 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from helpers_of_data import CLASSES, HEIGHT, WIDTH
 from omegaconf import OmegaConf
 
 from d2_decouple.data import (
     BCCD_CLASSES,
-    coco_evaluator,
     ground_truth,
     load_voc,
     register_bccd,
     register_voc,
     require_dataset,
 )
+from d2_decouple.evaluation import BoxEvaluator
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MINI = REPOSITORY / "tests" / "data" / "bccd_mini"
@@ -75,7 +74,7 @@ WRONG_CAT = (0, [0, 20, 20, 40], 0.9)
 
 def measure(name, output_dir, *detections):
     """AP of these detections on image ``a`` and none on ``b``."""
-    evaluator = coco_evaluator(dataset_name=name, output_dir=str(output_dir), distributed=False)
+    evaluator = BoxEvaluator(dataset_name=name, output_dir=str(output_dir))
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         found = detections if record["image_id"] == "a" else ()
@@ -106,20 +105,8 @@ def test_evaluation_reads_the_annotations_as_they_are_now(voc, tmp_path):
     # An output folder that is gone does not matter to the next evaluation.
     shutil.rmtree(tmp_path / "one")
     assert measure("pets", tmp_path / "two", DOG, CAT)["AP-cat"] == pytest.approx(half)
-    assert (tmp_path / "two" / "pets_coco_format.json").is_file()
     assert not (tmp_path / "one").exists()
     assert "json_file" not in MetadataCatalog.get("pets").as_dict()
-
-
-def test_other_sets_are_left_to_detectron2(tmp_path):
-    json_file = tmp_path / "given.json"
-    json_file.write_text('{"images": [], "categories": [], "annotations": []}')
-    register_coco_instances("others", {"thing_classes": ["cat"]}, str(json_file), str(tmp_path))
-    coco_evaluator(dataset_name="others", output_dir=str(tmp_path / "out"), distributed=False)
-    assert MetadataCatalog.get("others").json_file == str(json_file)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"unknown dataset 'otters'.*'others'"):
-        coco_evaluator(dataset_name="otters", output_dir=str(tmp_path))
 
 
 def test_coco_config():
