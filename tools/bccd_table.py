@@ -27,6 +27,7 @@ from d2_decouple.evaluation.files import write_json, write_text
 from d2_decouple.evaluation.runs import (
     check_packed,
     commit_of,
+    config_changes,
     config_hash,
     config_text,
     machine,
@@ -181,7 +182,7 @@ def result_file(run: Run, args: argparse.Namespace) -> Path:
 def is_stale(run: Run, text: str, args: argparse.Namespace) -> bool:
     """Whether there is a result, but of another config."""
     file = result_file(run, args)
-    return file.is_file() and read_result(file)["config_hash"] != config_hash(text)
+    return file.is_file() and bool(config_changes(read_result(file)["config"], text))
 
 
 def read_result(file: Path) -> dict[str, Any]:

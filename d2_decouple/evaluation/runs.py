@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,6 +27,7 @@ from .truth import EvaluationError, GroundTruth, ImageDetections, ImageId
 __all__ = [
     "check_packed",
     "commit_of",
+    "config_changes",
     "config_hash",
     "config_text",
     "machine",
@@ -35,6 +37,7 @@ __all__ = [
 
 _TOLERANCE = 0.05  # percent of AP that rounding may cost
 _NOT_THE_EXPERIMENT = ("train.output_dir", "train.device")
+_GROWING = ("train.", "dataloader.")  # parts that get further options
 
 Packed = dict[str, list[list[float]]]
 
@@ -53,6 +56,43 @@ def config_text(cfg: DictConfig) -> str:
 def config_hash(text: str) -> str:
     """Twelve hexadecimal digits that change with the text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def config_changes(kept: str, now: str) -> list[str]:
+    """Keys by which two configs differ, so that results of one do not belong to the other.
+
+    A key of ``train`` or ``dataloader`` that the kept config does not have yet is no difference:
+    an option that was added later, whose default is what was done before.
+    """
+    before, after = (_flat(yaml.load(text, Loader=_Plain)) for text in (kept, now))
+    changed = [key for key in before if key not in after or after[key] != before[key]]
+    new = [key for key in after if key not in before]
+    return sorted(changed + [key for key in new if not key.startswith(_GROWING)])
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads a config without looking up the functions and classes that it names."""
+
+
+def _as_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [suffix, *loader.construct_sequence(node, deep=True)]
+    if isinstance(node, yaml.MappingNode):
+        return {"": suffix, **loader.construct_mapping(node, deep=True)}
+    return suffix
+
+
+_Plain.add_multi_constructor("tag:yaml.org,2002:python/", _as_text)
+
+
+def _flat(node: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping) or not node:
+        return {key: node}
+    return {
+        name: value
+        for child, item in node.items()
+        for name, value in _flat(item, f"{key}.{child}" if key else str(child)).items()
+    }
 
 
 def commit_of(root: Path, folders: Iterable[str]) -> dict[str, Any]:

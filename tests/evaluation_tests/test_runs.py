@@ -14,6 +14,7 @@ from d2_decouple.evaluation import BoxEvaluator, EvaluationError, coco_curves, r
 from d2_decouple.evaluation.runs import (
     check_packed,
     commit_of,
+    config_changes,
     config_hash,
     config_text,
     machine,
@@ -33,6 +34,24 @@ def test_the_hash_is_of_the_experiment_and_not_of_the_machine():
     }
     assert len(hashes | {config_hash(base)}) == 4
     assert all(len(text) == 12 for text in hashes)
+
+
+@pytest.mark.parametrize(
+    ("kept", "now", "changed"),
+    [
+        ("train: {seed: 1}", "train: {seed: 1, ema: {enabled: false}}", []),
+        ("train: {seed: 1}", "train: {seed: 2}", ["train.seed"]),
+        ("train: {seed: 1, old: 3}", "train: {seed: 1}", ["train.old"]),
+        ("model: {head: {}}", "model: {head: {aligner: x}}", ["model.head", "model.head.aligner"]),
+        ("optimizer: {lr: 1}", "optimizer: {lr: 1, momentum: 2}", ["optimizer.momentum"]),
+        ("a: [1, 2]", "a: [1, 3]", ["a"]),
+        ("a: !!python/name:x.y ''", "a: !!python/name:x.z ''", ["a"]),
+        ("a: !!python/tuple [1, 2]", "a: !!python/tuple [1, 3]", ["a"]),
+        ("a: !!python/object:x.y {z: 1}", "a: !!python/object:x.y {z: 2}", ["a.z"]),
+    ],
+)
+def test_options_that_came_later_do_not_make_results_stale(kept, now, changed):
+    assert config_changes(kept, now) == changed
 
 
 def test_commit_and_whether_it_was_changed(tmp_path):
