@@ -6,7 +6,6 @@ from scratch, on a CPU. The result is a demonstration that everything works, not
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,17 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=_positive, default=500, help="length of the training")
     parser.add_argument("--pictures", type=int, default=12, help="validation images to draw")
     parser.add_argument(
-        "--restart", action="store_true", help="delete an earlier result instead of going on"
+        "--restart", action="store_true", help="forget an earlier training instead of going on"
     )
     args = parser.parse_args(arguments)
-    if args.restart and Path(args.output).is_dir():
-        shutil.rmtree(args.output)
     try:
+        if args.restart:
+            _forget(Path(args.output))
         _quickstart(args)
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_status", 1)
     return 0
+
+
+def _forget(folder: Path) -> None:
+    """Delete an earlier training's checkpoints; the rest is written anew, and nothing else goes."""
+    for file in (*folder.glob("model_*.pth*"), folder / "last_checkpoint"):
+        file.unlink(missing_ok=True)
 
 
 def _positive(text: str) -> int:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 
 from .config import ConfigError, apply_overrides, find_config, get_config
 from .data import register_folder
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{args.num_machines} --nproc-per-node {args.num_gpus} -m d2_decouple.train ..."
             )
         launch(
-            run,
+            _launched,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
@@ -99,7 +100,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_status", 1)
+    except ProcessExitedException as error:  # one of several, which has said why
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
     return 0
+
+
+def _launched(args: argparse.Namespace) -> None:
+    """:func:`run`, in one of several processes with a message in place of a traceback, too."""
+    try:
+        run(args)
+    except EXPECTED_ERRORS as error:
+        if comm.get_world_size() == 1:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", 1))
 
 
 def _in_torchrun(args: argparse.Namespace) -> int:

@@ -184,7 +184,7 @@ def test_inference_of_the_readme_runs(
     exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), names)
     assert names["detections"].image_size == (480, 640)
     assert len(names["detections"])
-    assert "('a', 0." in capsys.readouterr().out
+    assert "a 0." in capsys.readouterr().out
 
 
 def test_method_of_the_contributing_guide_goes_into_its_slot() -> None:

@@ -163,6 +163,8 @@ class Checkpointer(DetectionCheckpointer):
                 f"{path} could not be fetched ({error}); without a network, bring the file here "
                 f"and set {WEIGHTS_KEYS} to it, or to an empty string for random weights"
             ) from error
+        finally:
+            self._parsed_url_during_load = None  # newer Detectron2 refuses to load after a failure
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return fit_backbone(unwrap(self._read_file(filename)), self.model, filename=filename)
@@ -194,6 +196,12 @@ class Checkpointer(DetectionCheckpointer):
         averaged = not going_on and isinstance(checkpoint.get("ema"), dict)
         if averaged:
             checkpoint["model"] = checkpoint.pop("ema")
+        if going_on and self.checkpointables.keys() - checkpoint.keys() - {"ema"}:
+            raise CheckpointError(
+                f"the last checkpoint in {self.save_dir} holds weights, but not the state of a "
+                "training that could go on; to begin one with these weights, type "
+                "train.init_checkpoint=FILE train.output_dir=FOLDER without --resume"
+            )
         other_classes = self._without_other_classes(checkpoint)
         file = {name.removeprefix("module."): x for name, x in checkpoint["model"].items()}
         incompatible = super()._load_model(checkpoint)
@@ -212,11 +220,12 @@ class Checkpointer(DetectionCheckpointer):
                 f"wants {_listed(fresh)}; give the config that the checkpoint was trained with"
             )
         named = [_with_shapes(name, file, model) for name in fresh]
-        if self._complete and fresh:
+        if fresh and (self._complete or going_on):
             raise CheckpointError(
                 f"{len(fresh)} of {len(model)} tensors would keep random values in this "
-                f"evaluation: {_listed(named)}; give the config that the checkpoint was trained "
-                "with (another first number of cls_score is another number of classes)"
+                f"{'training' if going_on else 'evaluation'}: {_listed(named)}; give the config "
+                "that the checkpoint was trained with (another first number of cls_score is "
+                "another number of classes)"
             )
         message = f"Loaded {loaded} of {len(model)} tensors{' (averaged)' if averaged else ''}"
         if fresh:

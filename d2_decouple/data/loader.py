@@ -11,17 +11,19 @@ import logging
 import os
 import random
 import signal
+import struct
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..config import ConfigError
@@ -31,6 +33,16 @@ __all__ = ["DataError", "TrainLoader"]
 _logger = logging.getLogger(__name__)
 _ATTEMPTS = 10  # images tried in place of one that the mapper refuses
 _GRACE = 10.0  # seconds
+# What Pillow and Detectron2 raise for files that are missing, cut off, no images, far too large,
+# or of another size than annotated.
+_UNREADABLE = (
+    EOFError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+)
 
 
 class DataError(ValueError):
@@ -169,9 +181,7 @@ class _Examples(Dataset):
                     example = self._mapper(record)
                 except ConfigError:
                     raise
-                # What Pillow and Detectron2 raise for files that are missing, cut off, no images,
-                # or of another size than annotated.
-                except (OSError, ValueError, SyntaxError) as error:
+                except _UNREADABLE as error:
                     return DataError(
                         f"image {name} cannot be used for training: {error}. Mend it, or take it "
                         "out of its split; `python -m d2_decouple.data.checks DIR` lists all "
@@ -190,16 +200,20 @@ def _outlive_signals(worker: int) -> None:
     """A signal to all processes is for the training, which ends its workers when it is done.
 
     A worker that is told to terminate waits for that, but not for ever: Python ends what is left
-    of a process's children by the same signal.
+    of a process's children by the same signal, and waits for them. So a thread listens to it,
+    since a handler would not run while the worker hangs in a library.
     """
-
-    def leave_later(number: int, frame: FrameType | None) -> None:
-        timer = threading.Timer(_GRACE, os._exit, (128 + number,))
-        timer.daemon = True
-        timer.start()
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, leave_later)
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where terminating cannot be put off
+        return
+
+    def leave_later() -> None:
+        number = signal.sigwait({signal.SIGTERM})
+        time.sleep(_GRACE)
+        os._exit(128 + number)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the thread, too
+    threading.Thread(target=leave_later, daemon=True).start()
 
 
 def _started(loader: DataLoader) -> Iterator[list[Any]]:

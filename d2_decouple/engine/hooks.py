@@ -20,11 +20,12 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
 
 from ..checkpoint.checkpointer import BEST, Checkpointer
+from .errors import TrainingError
 
 __all__ = ["Evaluating", "Progress", "Saving", "forget_after"]
 
 _logger = logging.getLogger(__name__)
-_NUMBERED = re.compile(r"model_(\d{7})\.pth")
+_NUMBERED = re.compile(r"model_\d{7,}\.pth")
 
 
 class Saving(HookBase):
@@ -47,17 +48,40 @@ class Saving(HookBase):
         self._periods = [number for number in (period, eval_period) if number > 0]
 
     def after_step(self) -> None:
-        """Save if it is time to."""
+        """Save if it is time to.
+
+        Raises:
+            TrainingError: a weight is not finite; what was saved before stays the last checkpoint.
+            CheckpointError: it could not be written.
+        """
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter:
+            self._check_weights()
             self._checkpointer.save("model_final", iteration=self.trainer.iter)
         elif self.trainer.stopping or any(done % period == 0 for period in self._periods):
+            self._check_weights()
             self._checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
             self._prune()
 
+    def _check_weights(self) -> None:
+        for name, parameter in self._checkpointer.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise TrainingError(
+                    f"{name} became infinite or NaN by iteration {self.trainer.iter}, though the "
+                    "losses were finite; this state is not saved. Lower the rate: type "
+                    "optimizer.lr=0.001 (yacs: SOLVER.BASE_LR 0.001), or clip gradients: "
+                    "train.max_grad_norm=10 (yacs: SOLVER.CLIP_GRADIENTS.ENABLED True); with "
+                    "--resume it goes on from the last checkpoint"
+                )
+
     def _prune(self) -> None:
+        """Delete the older checkpoints, and what a process left that was killed while it saved."""
         folder = Path(self._checkpointer.save_dir)
-        numbered = sorted(path for path in folder.iterdir() if _NUMBERED.fullmatch(path.name))
+        for unfinished in folder.glob("model_*.pth.tmp"):
+            unfinished.unlink(missing_ok=True)
+        numbered = [path for path in folder.iterdir() if _NUMBERED.fullmatch(path.name)]
+        # By age: higher numbers may be those of an earlier training.
+        numbered.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
         for path in numbered[: -self._keep]:
             path.unlink(missing_ok=True)
 
@@ -76,18 +100,43 @@ class Evaluating(HookBase):
         """
         self._evaluate, self._period, self._checkpointer = evaluate, period, checkpointer
         self._best = -math.inf
+        self._evaluated = 0  # iterations done at the last evaluation
+
+    def before_train(self) -> None:
+        """Evaluate what a resumed training begins with, unless that is known to be done.
+
+        Its checkpoint was saved before the evaluation, which may not have come to its end, and
+        does not know what came out: the best one would be forgotten.
+        """
+        trainer, done = self.trainer, self.trainer.start_iter
+        if not (done and self._period > 0 and done % self._period == 0) or self._evaluated == done:
+            return
+        trainer.iter = trainer.storage.iter = done - 1
+        self._run()
+        trainer.iter = trainer.storage.iter = done
 
     def after_step(self) -> None:
         """Evaluate if it is time to."""
         done = self.trainer.iter + 1
         last = done == self.trainer.max_iter
         if last or (self._period > 0 and done % self._period == 0 and not self.trainer.stopping):
-            results = self._evaluate()
-            if results:  # on the first process
-                flat = {key: float(x) for key, x in flatten_results_dict(results).items()}
-                self.trainer.storage.put_scalars(**flat, smoothing_hint=False)
-                self._keep_best(flat)
-            comm.synchronize()  # evaluation may take them different times
+            self._run()
+
+    def finished(self) -> dict[str, Any]:
+        """Evaluate a training with no step left; it may have been stopped in its evaluation."""
+        results = self._evaluate()
+        if results:
+            self._keep_best({key: float(x) for key, x in flatten_results_dict(results).items()})
+        return results
+
+    def _run(self) -> None:
+        results = self._evaluate()
+        self._evaluated = self.trainer.iter + 1
+        if results:  # on the first process
+            flat = {key: float(x) for key, x in flatten_results_dict(results).items()}
+            self.trainer.storage.put_scalars(**flat, smoothing_hint=False)
+            self._keep_best(flat)
+        comm.synchronize()  # evaluation may take them different times
 
     def _keep_best(self, flat: dict[str, float]) -> None:
         found = [value for key, value in flat.items() if key.endswith("bbox/AP")]
@@ -100,12 +149,12 @@ class Evaluating(HookBase):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The best AP so far."""
-        return {"best": self._best}
+        """The best AP so far, and when it was looked for last."""
+        return {"best": self._best, "evaluated": self._evaluated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As it was stored."""
-        self._best = state["best"]
+        self._best, self._evaluated = state["best"], state.get("evaluated", 0)
 
 
 class Progress(EventWriter):
@@ -124,7 +173,7 @@ class Progress(EventWriter):
         """Say it; called periodically by Detectron2's ``PeriodicWriter``."""
         storage = get_event_storage()
         latest = storage.latest()
-        if "total_loss" not in latest or storage.iter >= self._max_iter:
+        if not {"total_loss", "lr"} <= latest.keys() or storage.iter >= self._max_iter:
             return
         done = storage.iter + 1
         smooth = {
@@ -152,6 +201,14 @@ class Progress(EventWriter):
                 self._bar = tqdm(total=self._max_iter, initial=done, file=sys.stderr, unit="it")
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
+            self._bar.refresh()  # update() leaves the first and quick ones out
+
+    @staticmethod
+    def make_room(record: logging.LogRecord) -> bool:
+        """As a filter of a log's handler: lines begin where the bar was, till it is drawn again."""
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.clear()
+        return True
 
     def close(self) -> None:
         """Leave the bar as it is, on a line of its own."""

@@ -94,8 +94,8 @@ def inference_config(
         score_thresh: replaces the score below which the model drops candidates.
 
     Raises:
-        ConfigError: unknown name, key or kind of file, or a saved config that calls something
-            else than parts of models and image transforms.
+        ConfigError: unknown name, key or kind of file, a saved config that calls something else
+            than parts of models and image transforms, or a yacs config that calls anything.
     """
     path = find_config(name)
     if path.suffix == ".py":
@@ -109,7 +109,7 @@ def inference_config(
         _check_saved(cfg)  # first, since looking up the keys of overrides imports what is named
         return _lazy(apply_overrides(cfg, overrides), score_thresh)
     if isinstance(content, dict) and ({"MODEL", "_BASE_"} & content.keys()):
-        return _yacs(yacs_config(path, overrides), score_thresh)
+        return _yacs(yacs_config(path, overrides, allow_unsafe=False), score_thresh)
     raise ConfigError(
         f"{path} is no config: wanted a yacs config (with MODEL or _BASE_), or the config.yaml of "
         "a training's output folder (with model)"
@@ -120,6 +120,8 @@ def yacs_config(
     path: Path,
     overrides: Sequence[str] = (),
     prepare: Callable[[CfgNode], None] = lambda cfg: None,
+    *,
+    allow_unsafe: bool = True,
 ) -> CfgNode:
     """Detectron2's defaults, with ``MODEL.DECOUPLE``, the file and ``KEY VALUE`` pairs.
 
@@ -127,6 +129,8 @@ def yacs_config(
         path: of the file.
         overrides: keys and values in turn.
         prepare: changes the config between the file and the overrides.
+        allow_unsafe: let the file, and the ``_BASE_`` that it names (maybe on another machine),
+            call Python functions, as some of Detectron2's own do.
 
     Raises:
         ConfigError: a key or a value that Detectron2 does not know, or half a pair.
@@ -142,11 +146,11 @@ def yacs_config(
     for key in overrides[::2]:
         check_key(cfg, key, key)
     try:
-        cfg.merge_from_file(str(path))
+        cfg.merge_from_file(str(path), allow_unsafe=allow_unsafe)
         prepare(cfg)
         cfg.merge_from_list(list(overrides))
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path.name} or an override of it: {error}") from error
+    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path.name}, its base, or an override of it: {error}") from error
     return cfg
 
 

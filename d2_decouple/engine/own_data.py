@@ -47,3 +47,5 @@ def use_folder_yacs(cfg: CfgNode, folder: FolderDataset) -> None:
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (folder.train,), (folder.test,)
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     cfg.MODEL.DECOUPLE.NUM_CLASSES = len(folder.classes)
+    # Detectron2's own architectures have their own keys.
+    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(folder.classes)

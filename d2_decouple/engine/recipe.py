@@ -2,6 +2,7 @@
 """One view of both kinds of config, so that there is one training loop."""
 
 import copy
+import functools
 import logging
 import os
 import tempfile
@@ -126,11 +127,7 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         test = copy.deepcopy(cfg.dataloader.test)
         if augmented:
             test.mapper.augmentations = []  # it resizes by itself, from the original
-        yield (
-            test_set.names,
-            instantiate(test),
-            instantiate(cfg.dataloader.evaluator),
-        )
+        yield test_set.names, instantiate(test), instantiate(cfg.dataloader.evaluator)
 
     def evaluated(model: nn.Module) -> nn.Module:
         if not augmented:
@@ -172,8 +169,7 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
 
 def yacs_recipe(cfg: CfgNode) -> Recipe:
     """The recipe of a yacs config whose model comes through ``MODEL.DECOUPLE``."""
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ConfigError("TEST.PRECISE_BN.ENABLED is not supported here: set it to False")
+    _refuse_ignored(cfg)
     register_bccd()
     ours = OneStageDetector.__name__ == cfg.MODEL.META_ARCHITECTURE
     door = door_recipe(cfg) if ours else None
@@ -212,6 +208,23 @@ def yacs_recipe(cfg: CfgNode) -> Recipe:
         train_loader=lambda: _seeded(_yacs_loader(cfg), cfg.SEED),
         evaluations=evaluations,
     )
+
+
+_DOOR = ("model.", "train.accumulate", "train.amp.dtype", "train.ema.", "train.max_grad_norm")
+
+
+def _refuse_ignored(cfg: CfgNode) -> None:
+    """Refuse what Detectron2's own launcher would do, and this one would leave out in silence."""
+    for key in ("TEST.PRECISE_BN.ENABLED", "TEST.AUG.ENABLED", "SOLVER.REFERENCE_WORLD_SIZE"):
+        value = functools.reduce(getattr, key.split("."), cfg)
+        if value:
+            raise ConfigError(f"{key} is {value}, not supported here: type {key} {type(value)()}")
+    for override in cfg.MODEL.DECOUPLE.OVERRIDES:
+        if not override.lstrip("+").startswith(_DOOR):
+            raise ConfigError(
+                f"MODEL.DECOUPLE.OVERRIDES has {override!r}, for which yacs has a key of its own "
+                f"(SOLVER, INPUT, ...); wanted one of {', '.join(_DOOR)}"
+            )
 
 
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}

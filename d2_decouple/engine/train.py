@@ -21,7 +21,7 @@ from ..checkpoint import Checkpointer, CheckpointError
 from ..data.loader import DataError
 from .hooks import Evaluating, Progress, Saving, forget_after
 from .recipe import Recipe
-from .trainer import Average, Trainer
+from .trainer import Average, BatchError, Trainer
 
 __all__ = ["distributed", "evaluate", "load_weights", "set_up", "train"]
 
@@ -54,10 +54,14 @@ def set_up(recipe: Recipe, args: argparse.Namespace) -> None:
     """
     default_setup(recipe.config, args)
     logger = setup_logger(recipe.output_dir, distributed_rank=comm.get_rank(), name="d2_decouple")
-    for handler in logger.handlers:
-        # On a terminal the bar says it already.
-        if not isinstance(handler, logging.FileHandler) and _on_terminal():
-            handler.addFilter(lambda record: not getattr(record, "progress", False))
+    if not _on_terminal():
+        return
+    for each in (logger, *map(logging.getLogger, ("detectron2", "fvcore"))):
+        for handler in each.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                # The bar says it already.
+                handler.addFilter(lambda record: not getattr(record, "progress", False))
+                handler.addFilter(Progress.make_room)
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
@@ -107,43 +111,53 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         results.update(evaluate(recipe, evaluated, wrap=lambda loader: _Watched(loader, trainer)))
         return results
 
-    trainer.register_hooks(_hooks(recipe, trainer, checkpointer, evaluation))
-    going_on = resume and checkpointer.has_checkpoint()
-    checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
-    start = trainer.iter + 1 if going_on else 0
+    evaluating = Evaluating(evaluation, period=recipe.eval_period, checkpointer=checkpointer)
+    trainer.register_hooks([*_hooks(recipe, trainer, checkpointer), evaluating])
+    start = _start(recipe, trainer, checkpointer, resume)
     if start >= recipe.max_iter:
         _logger.info("The training of %d iterations is complete; evaluating it", recipe.max_iter)
-        return evaluation()
+        return evaluating.finished()
     if comm.is_main_process():
         trainer.register_hooks([hooks.PeriodicWriter(_writers(recipe, start), recipe.log_period)])
         _logger.info("Training from iteration %d to %d", start, recipe.max_iter)
     try:
         trainer.train(start, recipe.max_iter)
-    except DataError as error:
+    except BatchError as error:
         if trainer.iter == start:
             raise
         # The step that wanted the image has not begun, so this is the state of the one before.
         trainer.iter -= 1
         checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        comm.synchronize()  # a process that ends may end the one that saves
         raise DataError(
             f"{error}. {trainer.iter + 1} iterations are saved: --resume goes on from there"
         ) from error
     return results
 
 
-def _hooks(
-    recipe: Recipe,
-    trainer: Trainer,
-    checkpointer: Checkpointer,
-    evaluation: Callable[[], dict[str, Any]],
-) -> list[Any]:
+def _start(recipe: Recipe, trainer: Trainer, checkpointer: Checkpointer, resume: bool) -> int:
+    """Load what the training begins with; the first iteration to run."""
+    going_on = resume and checkpointer.has_checkpoint()
+    checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if going_on else 0
+    starts = comm.all_gather(start)
+    if len(set(starts)) > 1:
+        raise CheckpointError(
+            f"the processes would begin at different iterations ({', '.join(map(str, starts))}): "
+            f"not all of them see the checkpoints in {recipe.output_dir}; put it on a disk that "
+            f"all machines share: type {recipe.type_output_dir.format('FOLDER')}"
+        )
+    return start
+
+
+def _hooks(recipe: Recipe, trainer: Trainer, checkpointer: Checkpointer) -> list[Any]:
+    """What is done after a step, before it is evaluated."""
     saving = None  # the first process does it for all
     if comm.is_main_process():
         saving = Saving(checkpointer, eval_period=recipe.eval_period, **recipe.checkpointer)
     schedule = hooks.LRScheduler(trainer.optimizer, recipe.lr_scheduler(trainer.optimizer))
-    evaluating = Evaluating(evaluation, period=recipe.eval_period, checkpointer=checkpointer)
     # The state is saved after the schedule's step and before an evaluation, which may be killed.
-    return [hooks.IterationTimer(), schedule, saving, evaluating]
+    return [hooks.IterationTimer(), schedule, saving]
 
 
 def _writers(recipe: Recipe, start: int) -> list[EventWriter]:

@@ -6,14 +6,13 @@ batches and random numbers are drawn from a seed and that number. So a resumed t
 unbroken one.
 """
 
+import logging
 import random
 import signal
-import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,13 +23,21 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from ..checkpoint import CheckpointError
+from ..data.loader import DataError
 from .errors import TrainingError, TrainingStoppedError
+from .signals import StopRequest
 
-__all__ = ["Average", "Loader", "Trainer"]
+__all__ = ["Average", "BatchError", "Loader", "Trainer"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_logger = logging.getLogger(__name__)
+
+
+class BatchError(DataError):
+    """The next step's data cannot be loaded: the state is that of the step before."""
 
 
 class Loader(Protocol):
@@ -91,7 +98,7 @@ class Average:
 
     @torch.no_grad()
     def _mix(self, averaged: Sequence[Tensor], new: Sequence[Tensor], updates: Any) -> None:
-        count = int(updates)
+        count = self.updates  # the argument may be on a GPU, which would have to be waited for
         kept = min(self._decay, (1 + count) / (10 + count))
         for mean, value in zip(averaged, new, strict=True):
             if mean.is_floating_point():
@@ -137,7 +144,7 @@ class Trainer(TrainerBase):
         half = precision is torch.float16
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=half)
         self._batches: Generator[list[dict[str, Any]], None, None] | None = None
-        self._signal: int | None = None
+        self._request = StopRequest()
         self.stopping = False
 
     def train(self, start_iter: int, max_iter: int) -> None:
@@ -145,11 +152,12 @@ class Trainer(TrainerBase):
 
         Raises:
             TrainingStoppedError: a signal came.
-            TrainingError: a loss is not finite.
+            TrainingError: a loss or a gradient is not finite.
+            BatchError: a batch cannot be loaded, in whichever process.
         """
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
-        with EventStorage(start_iter) as self.storage, self._listening():
+        with EventStorage(start_iter) as self.storage, self._request.listening():
             try:
                 self.before_train()
                 for self.iter in range(start_iter, max_iter):
@@ -164,22 +172,22 @@ class Trainer(TrainerBase):
                 if self._batches is not None:
                     self._batches.close()  # ends its worker processes
                     self._batches = None
+                if self.stopping:
+                    comm.synchronize()  # launchers kill the one that saves when another has ended
 
     def run_step(self) -> None:
         """Average the gradients of the step's batches, and update the weights."""
         start = time.perf_counter()
-        if self._batches is None:
-            self._batches = self._loader.batches(self.iter * self._accumulate)
         # All of them before the first forward, which changes batch norm's statistics: if one
         # cannot be loaded, the state is still that of the step before.
-        batches = [next(self._batches) for _ in range(self._accumulate)]
+        batches = self._load()
         data_time = time.perf_counter() - start
         _seed_step(self._loader.seed or 0, self.iter)
         self.model.train()
         self.optimizer.zero_grad()
         mean: dict[str, float] = {}
         for batch in batches:
-            with self._synchronized(batch is batches[-1]):
+            with _synchronized(self.model, batch is batches[-1]):
                 losses = self._losses(batch)
                 for name, value in self._finite(losses, batch).items():
                     mean[name] = mean.get(name, 0.0) + value / len(batches)
@@ -190,7 +198,7 @@ class Trainer(TrainerBase):
 
     def stopped(self) -> TrainingStoppedError:
         """The exception that ends a training which a signal stopped, once its state is saved."""
-        number = self._signal or signal.SIGTERM
+        number = self._request.number or signal.SIGTERM
         return TrainingStoppedError(
             f"stopped by {signal.Signals(number).name} after {self.iter + 1} of {self.max_iter} "
             "iterations; everything is saved. The same command with --resume goes on exactly here",
@@ -200,7 +208,7 @@ class Trainer(TrainerBase):
     @property
     def signalled(self) -> bool:
         """Whether this process got a signal, which ``stopping`` says for all of them."""
-        return self._signal is not None
+        return self._request.number is not None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the weights."""
@@ -213,9 +221,21 @@ class Trainer(TrainerBase):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from what :meth:`state_dict` gave, but at the learning rate of this optimizer.
+
+        Raises:
+            CheckpointError: the state is another trainer's, or other parameters are trained.
+        """
         super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        schedules = [getattr(hook, "_scheduler", None) for hook in self._hooks]
+        _restore(self.optimizer, state.get("optimizer", {}), schedules)
+        if state.get("accumulate", self._accumulate) != self._accumulate:
+            _logger.warning(
+                "The checkpoint's steps had %d batches each, these have %d: some images come "
+                "again, or are left out, in this epoch",
+                state["accumulate"],
+                self._accumulate,
+            )
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
         if state.get("seed") is not None:
@@ -223,17 +243,25 @@ class Trainer(TrainerBase):
         if self.average:
             self.average.updates = state.get("average_updates", 0)
 
+    def _load(self) -> list[list[dict[str, Any]]]:
+        """The batches of a step; processes agree on whether all have theirs."""
+        if self._batches is None:
+            self._batches = self._loader.batches(self.iter * self._accumulate)
+        batches, failure = [], ""
+        try:
+            batches = [next(self._batches) for _ in range(self._accumulate)]
+        except DataError as error:
+            failure = str(error)
+        failures = [text for text in comm.all_gather(failure) if text]
+        if failures:
+            raise BatchError(failures[0])
+        return batches
+
     def _losses(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         if self._precision is None:
             return self.model(batch)
         with torch.autocast(self._device.type, dtype=self._precision):
             return self.model(batch)
-
-    def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients once a step, with its last batch."""
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return nullcontext()
-        return self.model.no_sync()
 
     def _finite(
         self, losses: Mapping[str, Tensor], batch: list[dict[str, Any]]
@@ -248,37 +276,23 @@ class Trainer(TrainerBase):
         values = (shared[:-1] / comm.get_world_size()).tolist()
         mean = dict(zip(losses, values, strict=True))
         if not np.isfinite(values).all():
-            raise TrainingError(
-                self._not_finite(dict(zip(losses, own.tolist(), strict=True)), batch)
-            )
+            own_values = dict(zip(losses, own.tolist(), strict=True))
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise TrainingError(_not_finite(own_values, batch, self.iter, rate, self._failures))
         return mean
-
-    def _not_finite(self, losses: dict[str, float], batch: list[dict[str, Any]]) -> str:
-        terms = [name for name, value in losses.items() if not np.isfinite(value)]
-        if not terms:
-            return f"a loss became infinite or NaN in another process at iteration {self.iter}"
-        images = [str(item.get("image_id", item.get("file_name"))) for item in batch]
-        file = self._failures / f"not_finite_{self.iter:07d}_rank{comm.get_rank()}.pth"
-        kept = f"the batch is in {file}"
-        try:
-            torch.save({"iteration": self.iter, "losses": losses, "batch": _plain(batch)}, file)
-        except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-            kept = f"the batch could not be saved in {file} ({error})"
-        listed = ", ".join(f"{name} = {value:g}" for name, value in losses.items())
-        return (
-            f"{' and '.join(terms)} became infinite or NaN at iteration {self.iter} ({listed}), "
-            f"learning rate {self.optimizer.param_groups[0]['lr']:g}, images {', '.join(images)}. "
-            f"The weights were not updated with it; {kept}. Look at these images' annotations, "
-            " or lower the rate: type optimizer.lr=0.001 (yacs: SOLVER.BASE_LR 0.001),"
-            " or clip gradients: train.max_grad_norm=10; --resume goes on from the last checkpoint"
-        )
 
     def _update(self) -> None:
         if self._max_grad_norm is not None:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(trained, self._max_grad_norm)
-            self.storage.put_scalar("grad_norm", norm.item())
+            norm = nn.utils.clip_grad_norm_(trained, self._max_grad_norm).item()
+            if np.isfinite(norm):
+                self.storage.put_scalar("grad_norm", norm)
+            elif not self._scaler.is_enabled():  # which leaves such a step out
+                raise TrainingError(
+                    f"the gradients became infinite or NaN at iteration {self.iter}, though the "
+                    f"losses are finite. The weights were not updated with them; {_LOWER}"
+                )
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self.average is not None:
@@ -292,28 +306,12 @@ class Trainer(TrainerBase):
         if len(losses) > 1:
             self.storage.put_scalars(**losses)
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Note the first signal; a second one does what it always did."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may
-            return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
 
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            restore()
-
-        for number in _SIGNALS:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            restore()
+def _synchronized(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Processes exchange gradients once a step, with its last batch."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -327,6 +325,63 @@ def _seed_step(seed: int, iteration: int) -> None:
     random.seed(drawn)
     np.random.seed(drawn)
     torch.manual_seed(drawn)
+
+
+def _restore(optimizer: torch.optim.Optimizer, state: Any, schedules: Sequence[Any] = ()) -> None:
+    """Load an optimizer's state; the learning rate stays what it was made with."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the optimizer's state in the checkpoint does not fit this training ({error}): other "
+            "layers are trained, by another optimizer or another program. Give the config that "
+            "the checkpoint was trained with, or begin anew from its weights: type "
+            "train.init_checkpoint=FILE train.output_dir=FOLDER without --resume"
+        ) from error
+    rates = [group.get("initial_lr", group["lr"]) for group in groups]
+    stored = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if rates == stored:
+        return
+    for group, new, old in zip(optimizer.param_groups, rates, stored, strict=True):
+        group["lr"], group["initial_lr"] = group["lr"] * (new / old if old else 1), new
+    for schedule in schedules:
+        if isinstance(schedule, LRScheduler):
+            schedule.base_lrs = list(rates)
+    _logger.info("The learning rate is now %g; the checkpoint's was %g", rates[0], stored[0])
+
+
+_LOWER = (
+    "lower the rate: type optimizer.lr=0.001 (yacs: SOLVER.BASE_LR 0.001), or clip gradients: "
+    "train.max_grad_norm=10 (yacs: SOLVER.CLIP_GRADIENTS.ENABLED True); with --resume it goes on "
+    "from the last checkpoint"
+)
+
+
+def _not_finite(
+    losses: dict[str, float],
+    batch: list[dict[str, Any]],
+    iteration: int,
+    rate: float,
+    folder: Path,
+) -> str:
+    """What to say of a loss that is not finite, once its batch is saved."""
+    terms = [name for name, value in losses.items() if not np.isfinite(value)]
+    if not terms:
+        return f"a loss became infinite or NaN in another process at iteration {iteration}"
+    images = [str(item.get("image_id", item.get("file_name"))) for item in batch]
+    file = folder / f"not_finite_{iteration:07d}_rank{comm.get_rank()}.pth"
+    kept = f"the batch is in {file}"
+    try:
+        torch.save({"iteration": iteration, "losses": losses, "batch": _plain(batch)}, file)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+        kept = f"the batch could not be saved in {file} ({error})"
+    listed = ", ".join(f"{name} = {value:g}" for name, value in losses.items())
+    return (
+        f"{' and '.join(terms)} became infinite or NaN at iteration {iteration} ({listed}), "
+        f"learning rate {rate:g}, images {', '.join(images)}. The weights were not updated with "
+        f"it; {kept}. Look at these images' annotations, or {_LOWER}"
+    )
 
 
 def _plain(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -144,6 +144,20 @@ def test_the_best_is_not_what_a_training_goes_on_from(tmp_path):
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000000.pth")
 
 
+def test_weights_alone_are_not_gone_on_from(tmp_path):
+    Checkpointer(Model(), str(tmp_path)).save("model_final")
+    with pytest.raises(CheckpointError) as error:
+        Checkpointer(Model(), str(tmp_path), counter=Counter()).resume_or_load("")
+    for part in (str(tmp_path), "not the state of a training", "train.init_checkpoint=FILE"):
+        assert part in str(error.value)
+
+
+def test_another_model_does_not_go_on(tmp_path):
+    saved(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"cls_score.*\(3,\) in the file, \(4,\) here"):
+        Checkpointer(Model(4), str(tmp_path), counter=Counter()).resume_or_load("")
+
+
 def with_classes(folder, classes, **options):
     return Checkpointer(Model(len(classes)), str(folder), extras={"classes": classes}, **options)
 

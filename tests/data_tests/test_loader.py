@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loader: batches depend on the data, the seed and their number alone."""
 
+import ctypes
+import multiprocessing
 import os
+import pickle
 import random
 import signal
+import sys
+import threading
+import time
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
+from PIL import Image
+from torch.utils.data._utils import signal_handling
 
-from d2_decouple.config import ConfigError
-from d2_decouple.data.loader import DataError, TrainLoader
+from d2_decouple.config import ConfigError, get_config
+from d2_decouple.data.loader import DataError, TrainLoader, _Examples, _outlive_signals
 
 WIDE, TALL = (20, 10), (10, 20)
 
@@ -110,6 +119,15 @@ def fail(record):
     raise OSError("image file is truncated")
 
 
+def bomb(record):
+    raise Image.DecompressionBombError("exceeds limit of 178956970 pixels")
+
+
+def test_an_image_that_is_far_too_large_is_named():
+    with pytest.raises(DataError, match=r"\d\.jpg .*178956970 pixels"):
+        next(iter(loader(mapper=bomb)))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_loaded_is_named(workers):
     with pytest.raises(DataError, match=r"\d\.jpg .*image file is truncated.*data\.checks"):
@@ -144,6 +162,53 @@ def die(record):
 def test_a_worker_that_dies_is_named():
     with pytest.raises(DataError, match=r"process that loads images died.*num_workers=0"):
         next(iter(loader(mapper=die, num_workers=1)))
+
+
+def test_a_dead_worker_is_no_signal_that_breaks_into_a_step(monkeypatch):
+    """torch's handler would raise in the middle of an update of the weights."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = loader(num_workers=1).batches()
+    next(batches)
+    assert signal_handling._SIGCHLD_handler_set  # torch did try
+    assert signal.getsignal(signal.SIGCHLD) is before
+    batches.close()
+
+
+def hang(record):
+    """In a library that never returns to Python, where no handler of a signal runs."""
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    mutex = ctypes.create_string_buffer(256)
+    lock(mutex)
+    lock(mutex)
+
+
+def read_from_a_worker_that_hangs():
+    batches = loader(mapper=hang, num_workers=1).batches()
+    threading.Thread(target=next, args=(batches,), daemon=True).start()
+    time.sleep(1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a mutex of glibc")
+def test_a_worker_that_hangs_is_left_at_the_end(monkeypatch):
+    monkeypatch.setattr("d2_decouple.data.loader._GRACE", 0.2)
+    process = multiprocessing.get_context("fork").Process(target=read_from_a_worker_that_hangs)
+    process.start()
+    process.join(30)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
+
+
+def test_workers_may_be_started_anew_instead_of_forked():
+    """As on Windows and macOS, where all that a worker needs is pickled."""
+    cfg = get_config("fcos_R_18_FPN_bccd", ["dataloader.train.dataset.names=bccd_mini_train"])
+    images = instantiate(cfg.dataloader.train)
+    examples = _Examples(images._records, images._mapper, 1)
+    needed = pickle.dumps((examples, _outlive_signals))
+    here, there = (one[(5, 3)] for one in (examples, pickle.loads(needed)[0]))
+    assert there["file_name"] == here["file_name"]
+    assert torch.equal(there["image"], here["image"])
 
 
 @pytest.mark.parametrize(

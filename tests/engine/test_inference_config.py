@@ -116,6 +116,21 @@ def test_values_and_tags_that_run_code_are_refused(training, tmp_path):
     assert not proof.exists()
 
 
+def test_the_base_of_a_yacs_config_runs_no_code(tmp_path):
+    proof, path = tmp_path / "proof", tmp_path / "child.yaml"
+    path.write_text("_BASE_: base.yaml\nMODEL: {}\n")
+    text = f"MODEL: {{WEIGHTS: !!python/object/apply:os.makedirs ['{proof}']}}"
+    (tmp_path / "base.yaml").write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"child\.yaml, its base, .*python/object/apply"
+    ) as raised:
+        inference_config(path)
+    assert "base.yaml" in str(raised.value)
+    assert not proof.exists()
+    (tmp_path / "base.yaml").write_text("MODEL: {META_ARCHITECTURE: RetinaNet}\nVERSION: 2")
+    assert inference_config(path).image_format == "BGR"
+
+
 def test_what_is_no_config_is_named(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text("a: 1")

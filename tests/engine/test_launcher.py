@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from torch.multiprocessing import ProcessExitedException
 
 from d2_decouple.checkpoint import Checkpointer, CheckpointError
 from d2_decouple.config import find_config, get_config
-from d2_decouple.train import main
+from d2_decouple.engine import TrainingStoppedError
+from d2_decouple.train import _launched, main, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = [
@@ -151,6 +153,15 @@ def detectron2_tools():
             ["--config-file", "fcos_R_18_FPN_bccd", *MINI, "train.device=cuda:99"],
             ["cuda:99", "train.device=cpu"],
         ),
+        ([*YACS, *MINI_YACS, "TEST.AUG.ENABLED", "True"], ["type TEST.AUG.ENABLED False"]),
+        (
+            [*YACS, *MINI_YACS, "SOLVER.REFERENCE_WORLD_SIZE", "8"],
+            ["SOLVER.REFERENCE_WORLD_SIZE is 8", "type SOLVER.REFERENCE_WORLD_SIZE 0"],
+        ),
+        (
+            [*YACS, *MINI_YACS, "MODEL.DECOUPLE.OVERRIDES", "['optimizer.lr=3']"],
+            ["'optimizer.lr=3'", "train.accumulate"],
+        ),
         (
             [*YACS, *MINI_YACS, "SOLVER.MAX_ITR", "3"],
             ["SOLVER.MAX_ITR", "'MAX_ITER'"],
@@ -231,6 +242,28 @@ def test_arrays_of_the_model_zoo_load(tmp_path):
     (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({"model": state, "__author__": "somebody"}))
     Checkpointer(model, complete=True).load(str(tmp_path / "zoo.pkl"))
     assert torch.equal(model.head.cls_score.weight, torch.tensor(state["head.cls_score.weight"]))
+
+
+def test_one_of_several_processes_says_what_is_wrong_without_a_traceback(monkeypatch, capsys):
+    args = parse_arguments(["--config-file", "fcos_R_18_FPN_bccd"])
+
+    def fail(args):
+        raise TrainingStoppedError("stopped by SIGTERM", 143)
+
+    monkeypatch.setattr("d2_decouple.train.run", fail)
+    with pytest.raises(TrainingStoppedError):  # alone, main() says it
+        _launched(args)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    with pytest.raises(SystemExit) as ended:
+        _launched(args)
+    assert ended.value.code == 143
+    assert "error: stopped by SIGTERM" in capsys.readouterr().err
+
+    def launch(*_, **__):
+        raise ProcessExitedException("", error_index=0, error_pid=1, exit_code=ended.value.code)
+
+    monkeypatch.setattr("d2_decouple.train.launch", launch)
+    assert main(["--config-file", "fcos_R_18_FPN_bccd"]) == 143
 
 
 def test_a_tensor_alone_is_no_checkpoint(tmp_path):

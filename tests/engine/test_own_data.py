@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from omegaconf import OmegaConf
 
-from d2_decouple.config import ConfigError
+from d2_decouple.config import ConfigError, add_decouple_config
 from d2_decouple.data import FolderDataset
 from d2_decouple.data.shapes import make_shapes
-from d2_decouple.engine.own_data import use_folder
+from d2_decouple.engine.own_data import use_folder, use_folder_yacs
 from d2_decouple.modeling import TestTimeAugmentation
 from d2_decouple.train import main
 
@@ -41,6 +42,7 @@ def test_a_folder_is_all_that_is_needed(layout, tmp_path, capsys):
     rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert {f"bbox/AP-{name}" for name in stored["classes"]} <= rows[-1].keys()
     again = [*SHORT, f"train.init_checkpoint={output / 'model_final.pth'}"]
+    again.append(f"train.output_dir={tmp_path / 'evaluated'}")
     assert main(["--dataset", str(folder), "--eval-only", *again]) == 0
     assert main(["--dataset", str(folder), "--eval-only", *again, "train.tta.enabled=true"]) == 0
 
@@ -107,6 +109,14 @@ def test_a_model_without_a_number_of_classes_is_named():
     cfg = OmegaConf.create({"model": {"parts": 3}, "dataloader": data, "train": {"output_dir": ""}})
     with pytest.raises(ConfigError, match=r"num_classes.*roi_heads.*2 classes"):
         use_folder(cfg, FolderDataset("a", "b", ("x", "y"), ()))
+
+
+def test_detectron2s_own_yacs_models_are_told_their_classes():
+    cfg = get_cfg()
+    add_decouple_config(cfg)
+    use_folder_yacs(cfg, FolderDataset("a", "b", ("x", "y"), ()))
+    numbers = {cfg.MODEL[name].NUM_CLASSES for name in ("DECOUPLE", "RETINANET", "ROI_HEADS")}
+    assert numbers == {2}
 
 
 def test_two_stage_models_are_told_their_classes():

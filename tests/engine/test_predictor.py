@@ -298,5 +298,8 @@ def test_detectron2s_own_detectors_work_as_well(name, precision, tmp_path):
     assert len(found) > 5
     assert found.image_size == (75, 110)
     assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+    # Torch takes the order of the weights for all maps behind the first convolution.
+    kernels = [x for x in predictor.model.parameters() if x.dim() == 4]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in kernels)
     with pytest.raises(ConfigError, match="OneStageDetector"):
         Predictor.from_config(name, path, device="cpu", tta=True)

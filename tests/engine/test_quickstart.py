@@ -36,8 +36,12 @@ def test_restart_forgets_what_was_there(tmp_path):
     output.mkdir()
     (output / "last_checkpoint").write_text("of_another_training.pth")
     (output / "metrics.json").write_text('{"iteration": 400, "total_loss": 1.0}\n')
+    (output / "thesis.tex").write_text("all there is of it")
+    (output / "model_0000399.pth").write_bytes(b"of another training")
     options = ["--output", str(output), "--pictures", "0", "--iterations", "1"]
     assert main([*options, "--restart"]) == 0
+    assert (output / "thesis.tex").read_text() == "all there is of it"
+    assert not (output / "model_0000399.pth").exists()
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert max(line["iteration"] for line in lines) == 0  # the only step
 

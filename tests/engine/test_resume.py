@@ -135,6 +135,7 @@ def started(arguments, folder):
             stderr=subprocess.STDOUT,
             env=environment(),
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     deadline = time.monotonic() + 120
     while "iteration 3/" not in (folder / "console.txt").read_text():
@@ -192,6 +193,14 @@ def test_a_worker_that_is_killed_ends_the_training_with_all_steps_saved(tmp_path
         assert part in console
     stored = checkpoint(folder, (folder / "last_checkpoint").read_text())
     assert f"{stored['iteration'] + 1} iterations are saved" in console
+
+
+def test_processes_that_do_not_see_the_same_checkpoints_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda start: [start, 5])
+    assert main(command("lazy", tmp_path)) == 1
+    message = capsys.readouterr().err
+    for part in ("different iterations (0, 5)", str(tmp_path), "train.output_dir="):
+        assert part in message
 
 
 def test_an_earlier_training_is_not_overwritten(tmp_path, capsys):

@@ -3,12 +3,22 @@
 
 import copy
 import json
+import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase, hooks
+from detectron2.solver import LRMultiplier
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
-from d2_decouple.engine import TrainingError
+from d2_decouple.checkpoint import CheckpointError
+from d2_decouple.data.loader import DataError
+from d2_decouple.engine import TrainingError, TrainingStoppedError
 from d2_decouple.engine.hooks import Progress, forget_after
 from d2_decouple.engine.trainer import Average, Trainer
 
@@ -211,6 +221,9 @@ def test_the_line_says_how_far_it_is(caplog, capsys):
         trainer.storage.iter = 2
         trainer.storage.put_scalars(lr=0.1, time=2.0)
         progress.write()
+    assert "eta 0:00:10" in capsys.readouterr().err  # at once
+    assert Progress.make_room(caplog.records[0])
+    assert capsys.readouterr().err.endswith("\r")  # what is logged begins a line
     progress.close()
     (line,) = [record.getMessage() for record in caplog.records]
     for part in ("iteration 3/8", "loss ", "cls ", "box_reg ", "lr 0.1", "2.000 s", "eta 0:00:10"):
@@ -218,3 +231,127 @@ def test_the_line_says_how_far_it_is(caplog, capsys):
     bar = capsys.readouterr().err
     assert "3/8" in bar
     assert "eta 0:00:10" in bar
+
+
+def resumed(first, **options):
+    second = make(copy.deepcopy(first.model), **options)
+    second.load_state_dict(first.state_dict())
+    return second
+
+
+# A lazy schedule is stretched to the length of the training, which the second one changes.
+@pytest.mark.parametrize(("kind", "factors"), [("lazy", [0.1] * 3), ("yacs", [1, 0.1, 0.1])])
+def test_a_lower_rate_counts_for_a_resumed_training(kind, factors, caplog):
+    """As the message about a loss that is not finite says; momentum goes on."""
+
+    def with_schedule(trainer):
+        steps = MultiStepParamScheduler([1.0, 0.1], milestones=[3, 8])
+        if kind == "yacs":
+            steps = LRMultiplier(trainer.optimizer, steps, 8)
+        trainer.register_hooks([hooks.LRScheduler(trainer.optimizer, steps)])
+        return trainer
+
+    first = with_schedule(make(lr=0.4))
+    first.train(0, 2)
+    rates = []
+    for lr in (0.4, 0.02):
+        trainer = with_schedule(make(copy.deepcopy(first.model), lr=lr))
+        with caplog.at_level("INFO", logger="d2_decouple"):
+            trainer.load_state_dict(first.state_dict())
+        trainer.train(2, 5)
+        rates.append([rate for rate, _ in trainer.storage.history("lr").values()])
+    assert rates[0] == pytest.approx([0.4 * factor for factor in factors])
+    assert rates[1] == pytest.approx([0.02 * factor for factor in factors])
+    assert "is now 0.02; the checkpoint's was 0.4" in caplog.text
+
+
+def test_another_trainings_state_is_named():
+    first = make()
+    first.train(0, 1)
+    frozen = make(copy.deepcopy(first.model))
+    del frozen.optimizer.param_groups[0]["params"][0]
+    with pytest.raises(CheckpointError, match=r"does not fit this training.*init_checkpoint=FILE"):
+        frozen.load_state_dict(first.state_dict())
+    foreign = {"iteration": 3, "_trainer": {}}  # Detectron2's DefaultTrainer
+    with pytest.raises(CheckpointError, match="does not fit this training"):
+        make().load_state_dict(foreign)
+
+
+def test_another_accumulation_is_said(caplog):
+    first = make(accumulate=2)
+    first.train(0, 2)
+    resumed(first, accumulate=2)
+    assert not caplog.records
+    resumed(first, accumulate=3)
+    assert "had 2 batches each, these have 3" in caplog.text
+
+
+class Cusp(Model):
+    """A loss of zero whose gradient is not a number."""
+
+    def forward(self, batch):
+        return {"loss_cls": (self.linear.weight * 0).abs().sum().sqrt()}
+
+
+def test_gradients_that_are_not_finite_stop_before_the_update():
+    trainer = make(Cusp(), max_grad_norm=1.0)
+    before = weights(trainer)
+    with pytest.raises(TrainingError) as stop:
+        trainer.train(0, 1)
+    for part in ("gradients", "iteration 0", "optimizer.lr", "--resume"):
+        assert part in str(stop.value)
+    assert equal(before, weights(trainer))
+
+
+class Broken(Numbers):
+    """The second process cannot load batch 2."""
+
+    def batches(self, start=0):
+        for number, batch in enumerate(super().batches(start), start):
+            if number == 2 and dist.get_rank() == 1:
+                raise DataError("image 7.jpg cannot be used")
+            yield batch
+
+
+class Slow(HookBase):
+    """The first process saves for a while; the second one was told to stop."""
+
+    def __init__(self, folder):
+        self.file = folder / "saved"
+
+    def after_step(self):
+        if dist.get_rank() == 0 and self.trainer.stopping:
+            time.sleep(1)
+            self.file.write_text("whole")
+        elif self.trainer.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def in_one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    address = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    trainer = make()
+    trainer._loader = Broken()
+    with pytest.raises(DataError, match=r"7\.jpg"):
+        trainer.train(0, 5)
+    assert trainer.iter == 2
+    trainer = make()
+    trainer.register_hooks([Slow(folder)])
+    with pytest.raises(TrainingStoppedError, match=r"SIGTERM after [23] of 9"):
+        trainer.train(0, 9)
+    assert (folder / "saved").read_text() == "whole"
+    dist.destroy_process_group()
+
+
+def test_processes_stop_together(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=in_one_of_two, args=(r, tmp_path)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert ended == [0, 0]
