@@ -20,6 +20,7 @@ from PIL import Image
 
 from .config import ConfigError
 from .data.images import ImageError, read_rgb
+from .data.records import visible
 from .data.videos import VideoError, VideoReader, VideoWriter
 from .engine import EXPECTED_ERRORS
 from .engine.predictor import Predictor
@@ -37,7 +38,7 @@ examples:
   python -m d2_decouple.demo --config-file fcos_R_18_FPN_bccd --weights output/model_final.pth \\
       --input photo.jpg "more/*.png" --output detections
   python -m d2_decouple.demo --config-file output/config.yaml --weights output/model_final.pth \\
-      --input FOLDER --output detections --json --score-thresh 0.3 --precision bfloat16
+      --input FOLDER --output detections --json --score-thresh 0.5 --precision bfloat16
   python -m d2_decouple.demo --config-file fcos_R_50_FPN_1x --weights FILE \\
       --input film.mp4 --output detections --every 5 --max-frames 100 --json
 
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", required=True, metavar="FILE", help="the checkpoint of a training")
     add("--input", required=True, nargs="+", help="images, videos, folders or patterns")
     add("--output", required=True, metavar="DIR", help="folder of the results")
-    add("--score-thresh", type=float, default=0.5, help="show detections above it (%(default)s)")
+    add("--score-thresh", type=_share, default=0.3, help="show detections above it (%(default)s)")
     add("--json", action="store_true", help="write the detections as JSON, too")
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add("--precision", default="float32", help="float32, bfloat16, or on a GPU float16")
@@ -114,6 +115,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text}")
     return value
 
 
@@ -165,8 +173,9 @@ def _sources(inputs: Sequence[str]) -> list[Path]:
         path = Path(text)
         files = [path] if path.is_file() else [Path(x) for x in glob.glob(text, recursive=True)]
         if path.is_dir():
-            files = [x for x in path.iterdir() if x.suffix.lower() in _IMAGES | _VIDEOS]
-        files = sorted(file for file in files if file.is_file())
+            files = visible(x for x in path.iterdir() if x.suffix.lower() in _IMAGES | _VIDEOS)
+        # A link that leads nowhere stays: it is reported like any other file that cannot be read.
+        files = sorted(file for file in files if file.is_file() or not file.exists())
         if not files:
             kinds = ", ".join(sorted(_IMAGES | _VIDEOS))
             raise ConfigError(
@@ -186,8 +195,10 @@ def _targets(sources: Sequence[Path], output: Path, *, with_json: bool) -> list[
     """For each source the file it is drawn to, without its suffix; no two are the same.
 
     Raises:
-        ConfigError: a result would replace an input.
+        ConfigError: the folder is a file, or pictures beside an input could replace others.
     """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; type the name of a folder")
     taken: set[str] = set()
     targets = []
     for source in sources:
@@ -209,8 +220,14 @@ def _targets(sources: Sequence[Path], output: Path, *, with_json: bool) -> list[
                 f"the result {file} would replace an input; type --output with another folder"
             )
     old = [file.name for file in written if file.is_file()]
+    listed = ", ".join(old[:5]) + (", ..." if old[5:] else "")
+    if old and output.resolve() in {source.parent.resolve() for source in sources}:
+        raise ConfigError(
+            f"{output} is a folder of inputs, and {listed} there would be replaced; type --output "
+            "with another folder"
+        )
     if old:
-        print(f"replaced in {output} are {', '.join(old[:5])}" + (", ..." if old[5:] else ""))
+        print(f"to be replaced in {output}: {listed}")
     return targets
 
 

@@ -111,7 +111,7 @@ def test_folders_patterns_and_equal_names_in_different_folders(run, tmp_path):
     assert written(tmp_path / "all") == ["A-2.jpg", "a-3.jpg", "a.jpg"]
     assert "[3/3]" in printed  # in/a.png was named three times
     status, printed, _ = run(tmp_path / "in" / "a.png", output="all")
-    assert f"replaced in {tmp_path / 'all'} are a.jpg\n" in printed
+    assert f"to be replaced in {tmp_path / 'all'}: a.jpg\n" in printed
 
 
 def test_a_broken_file_is_reported_and_skipped_and_fails_at_the_end(run, tmp_path):
@@ -176,6 +176,33 @@ def test_an_input_is_never_replaced(run, tmp_path):
         assert source.read_bytes() == before
 
 
+def test_pictures_beside_an_input_are_never_replaced(run, tmp_path):
+    original = save_picture(tmp_path / "in" / "a.jpg").read_bytes()
+    image = save_picture(tmp_path / "in" / "a.png", seed=1)
+    status, _, complaint = run(image, output="in")
+    assert status == 1
+    assert "in is a folder of inputs, and a.jpg there would be replaced; type --ou" in complaint
+    assert (tmp_path / "in" / "a.jpg").read_bytes() == original
+
+
+def test_hidden_files_are_passed_over_and_links_to_nothing_are_not(run, tmp_path):
+    save_picture(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "._a.png").write_bytes(b"of a Mac's archive")
+    assert run(tmp_path / "in")[0] == 0
+    (tmp_path / "in" / "b.png").symlink_to("nowhere.png")
+    for inputs in (tmp_path / "in", tmp_path / "in" / "b*.png", tmp_path / "in" / "b.png"):
+        status, _, complaint = run(inputs)
+        assert status == 1
+        assert f"skipped: {tmp_path / 'in' / 'b.png'} cannot be read: No such file" in complaint
+
+
+@pytest.mark.parametrize("value", ["50", "-0.1", "nan", "half"])
+def test_a_threshold_that_is_no_share_is_refused(run, capsys, value):
+    with pytest.raises(SystemExit, match="2"):
+        run("a.png", options=[f"--score-thresh={value}"])
+    assert "argument --score-thresh: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -210,7 +237,7 @@ def test_mistakes_are_one_line(run, tmp_path):
     status, _, complaint = run(image, output="file")
     assert status == 1
     assert complaint.startswith("error: ")
-    assert str(tmp_path / "file") in complaint
+    assert f"--output {tmp_path / 'file'} is a file; type the name of a folder" in complaint
 
 
 def test_test_time_augmentation_can_be_asked_for(run, tmp_path):
@@ -227,3 +254,5 @@ def test_the_script_explains_itself(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "examples:" in printed
     assert "--input photo.jpg" in printed
+    # As in the quickstart's pictures: scores of FCOS are products, and rarely above a half.
+    assert "show detections above it (0.3)" in printed

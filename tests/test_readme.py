@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from torch import Tensor
 from util import excite
 
@@ -172,7 +172,9 @@ def test_inference_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "output").mkdir()
-    model = instantiate(get_config("fcos_R_18_FPN_bccd").model)
+    cfg = get_config("fcos_R_18_FPN_bccd")
+    LazyConfig.save(cfg, str(tmp_path / "output" / "config.yaml"))
+    model = instantiate(cfg.model)
     excite(model)
     Checkpointer(model, str(tmp_path / "output"), extras={"classes": ["a", "b", "c"]}).save(
         "model_best"

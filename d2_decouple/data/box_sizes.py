@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 from tabulate import tabulate
 
 from ..visualization import class_colors
+from ..visualization.precision_recall import plain_text
 
 __all__ = [
     "LEVELS",
@@ -233,7 +234,7 @@ def _histogram(
         bins=steps.tolist(),
         stacked=True,
         color=[_colors(classes)[index] for index in order],
-        label=[f"{classes[index]} ({int((labels == index).sum())})" for index in order],
+        label=[f"{plain_text(classes[index])} ({int((labels == index).sum())})" for index in order],
     )
     for bound in LEVEL_BOUNDS:
         if limits[0] < 2 * bound < limits[1]:

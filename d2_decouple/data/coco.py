@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def load_coco(
     NaN or infinite coordinate dropped; one warning counts them all. ``iscrowd`` is kept, and an
     annotation to ``ignore`` becomes a crowd. Images without annotations are kept, with an empty
     list. Polygons, masks and keypoints are left out; ``area``, the mask's where the file says it,
-    stays for the evaluation.
+    stays for the evaluation, if it is positive.
 
     Args:
         json_file: with ``images``, ``annotations`` and ``categories``. In both paths a leading
@@ -202,6 +203,8 @@ def read_coco(json_file: str | os.PathLike[str]) -> COCOContent:
     categories = tables["categories"]
     for entry in categories:
         _require(entry, {"id": int, "name": str}, f"{file}: a category")
+        if not entry["name"].strip():
+            raise DataError(f"{file}: category {entry['id']} has no name; write one")
     categories = sorted(categories, key=lambda entry: entry["id"])
     for key in ("id", "name"):
         refuse_duplicates(
@@ -241,7 +244,7 @@ def _tables(file: Path) -> dict[str, list[Any]]:
     try:
         with _no_collection():
             content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {file} as JSON ({error}); export it again") from error
     if not isinstance(content, dict) or any(
         not isinstance(content.get(key), list) for key in _TABLES
@@ -309,6 +312,11 @@ def _annotations(
                 f"{file}: annotation {which!r} has bbox {item['bbox']}, wanted four numbers: "
                 "x, y, width, height"
             )
+        for key in ("iscrowd", "ignore"):
+            if item.get(key) not in (None, 0, 1):  # "0" would count as true
+                raise DataError(
+                    f"{file}: annotation {which!r} has {key} {item[key]!r}, wanted 0 or 1"
+                )
         by_image.setdefault(item["image_id"], []).append(item)
     refuse_duplicates(
         (item["id"] for item in annotations if item.get("id") is not None),
@@ -326,6 +334,8 @@ def _object(item: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
         "category_id": ids[item["category_id"]],
         "iscrowd": int(bool(item.get("iscrowd")) or bool(item.get("ignore"))),
     }
-    if isinstance(item.get("area"), int | float):
-        found["area"] = float(item["area"])
+    area = item.get("area")
+    # Some tools write 0, which would make each object a small one.
+    if isinstance(area, int | float) and 0 < area < math.inf:
+        found["area"] = float(area)
     return found

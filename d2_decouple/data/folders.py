@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .coco import COCOContent, COCOSource, read_coco
 from .loader import DataError
-from .records import IMAGE_SUFFIXES, Part, existing_folder, register_source
-from .voc import VOCSource, annotated_classes, annotations_folder, image_files
+from .records import IMAGE_SUFFIXES, Part, existing_folder, register_source, visible
+from .voc import VOCSource, annotated_classes, annotation_files, image_files
 
 __all__ = ["FolderDataset", "register_folder"]
 
@@ -91,26 +91,29 @@ def register_folder(
     classes, class_note = _classes(found, contents, (train, test))
     sources = [replace(source, classes=classes) for source in (train, test)]
     # Read before they are registered, so that a faulty folder leaves nothing behind.
-    sizes = [_count(source, contents) for source in sources]
+    records = [_read(source, contents) for source in sources]
     name = _unique_name(folder, train.part)
     for source, which in zip(sources, ("train", "test"), strict=True):
         register_source(replace(source, name=f"{name}_{which}"))
     kind = "Pascal VOC" if isinstance(train, VOCSource) else "COCO"
     notes = [f"{folder}: {kind}, {len(classes)} classes: {', '.join(classes)}"]
+    sizes = [len(part) for part in records]
     notes += [f"{sizes[0]} images for training, {sizes[1]} for the test: {note}"]
+    notes += _unknown_lists(train)
     notes += [f"not used: {', '.join(unused)}"] if unused else []
     notes += [class_note] if class_note else []
-    notes += _without_annotation(found)
+    used = {record["file_name"] for part in records for record in part}
+    notes += _without_annotation(sources, used)
     return FolderDataset(f"{name}_train", f"{name}_test", classes, tuple(notes))
 
 
 def _voc(folder: Path) -> dict[str, AnySource]:
     """Splits of a VOC folder; empty if it is none."""
-    if next(annotations_folder(folder).glob("*.xml"), None) is None:
+    if not annotation_files(folder):
         return {}
     found: dict[str, AnySource] = {}
-    for file in sorted((folder / "ImageSets" / "Main").glob("*.txt")):
-        split = _SPLIT_WORDS.get(file.stem)
+    for file in _lists(folder):
+        split = _SPLIT_WORDS.get(file.stem.lower())
         if split in found:
             raise DataError(f"{file.parent} has two lists for {split}; take one out")
         if split:
@@ -118,24 +121,28 @@ def _voc(folder: Path) -> dict[str, AnySource]:
     return found or {_WHOLE: VOCSource("", str(folder), None, None)}
 
 
+def _lists(folder: Path) -> list[Path]:
+    return visible((folder / "ImageSets" / "Main").glob("*.txt"))
+
+
 def _voc_by_split(folder: Path) -> dict[str, AnySource]:
     """A VOC folder for each split, as some labelling services write them."""
     return {
         split: VOCSource("", str(place), None, None)
         for split, place in _split_folders(folder)
-        if next(annotations_folder(place).glob("*.xml"), None) is not None
+        if annotation_files(place)
     }
 
 
 def _coco(folder: Path, contents: dict[str, COCOContent]) -> dict[str, AnySource]:
     """Splits of a folder with COCO files, whose contents are kept; empty if it has none."""
-    files = [*folder.glob("*.json"), *(folder / "annotations").glob("*.json")]
+    files = visible([*folder.glob("*.json"), *(folder / "annotations").glob("*.json")])
     instances = [file for file in files if file.name.startswith("instances_")]
-    splits = [(_split_of(file.stem), file) for file in sorted(instances or files)]
+    splits = [(_split_of(file.stem), file) for file in instances or files]
     splits += [
         (split, file)
         for split, place in _split_folders(folder)
-        for file in sorted(place.glob("*.json"))
+        for file in visible(place.glob("*.json"))
     ]
     splits = [(split, file) for split, file in splits if _is_coco(file)]
     if len(splits) == 1 and splits[0][0] is None:
@@ -175,7 +182,7 @@ def _is_coco(file: Path) -> bool:
         return True
     try:
         content = json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return isinstance(content, dict) and bool({"images", "annotations"} & content.keys())
 
@@ -242,26 +249,36 @@ def _classes(
     return tuple(sorted(names)), ""
 
 
-def _count(source: AnySource, contents: Mapping[str, COCOContent]) -> int:
-    """Number of images; reads, and so checks, the whole set."""
+def _read(source: AnySource, contents: Mapping[str, COCOContent]) -> list[dict[str, Any]]:
+    """Dataset dicts; reads, and so checks, the whole set."""
     if isinstance(source, COCOSource):
-        return len(source.read(contents[source.json_file]))
-    return len(source.read())
+        return source.read(contents[source.json_file])
+    return source.read()
 
 
-def _without_annotation(found: Mapping[str, AnySource]) -> list[str]:
+def _unknown_lists(source: AnySource) -> list[str]:
+    """A note on lists of images whose names say nothing, so that other splits were made."""
+    if not isinstance(source, VOCSource) or source.split is not None:
+        return []
+    names = [file.stem for file in _lists(Path(source.root))]
+    if not names:
+        return []
+    more = ", ..." if names[5:] else ""
+    return [
+        f"lists in ImageSets/Main that are not used: {', '.join(names[:5])}{more}; wanted one "
+        "named train (or trainval), and one named val or test"
+    ]
+
+
+def _without_annotation(sources: Sequence[AnySource], used: set[str]) -> list[str]:
     """A note on images that no .xml file speaks of: a negative image needs one without objects."""
-    count, first = 0, ""
-    for source in found.values():
-        if isinstance(source, VOCSource) and source.split is None:
-            known = set(source.image_ids())
-            surplus = [x for x in image_files(Path(source.root)) if x.stem not in known]
-            count, first = count + len(surplus), first or (str(surplus[0]) if surplus else "")
-    if not count:
+    roots = dict.fromkeys(x.root for x in sources if isinstance(x, VOCSource) and x.split is None)
+    surplus = [x for root in roots for x in image_files(Path(root)) if str(x) not in used]
+    if not surplus:
         return []
     return [
-        f"{count} images without an .xml file are not used, the first is {first}; an image "
-        "without objects needs an .xml file without <object>"
+        f"{len(surplus)} images without an .xml file are not used, the first is {surplus[0]}; an "
+        "image without objects needs an .xml file without <object>"
     ]
 
 
@@ -279,7 +296,8 @@ def _declared_classes(contents: Sequence[COCOContent]) -> tuple[tuple[str, ...],
     used = {content.categories[index] for content in contents for index in content.used()}
     if not used:
         raise DataError(f"{first.file} annotates no object: nothing to learn")
-    roots = {name for name in first.parents.values() if name not in used and len(first.parents) > 1}
+    parents = {name for index, name in first.parents.items() if name != first.categories[index]}
+    roots = {name for name in parents if name not in used}
     classes = tuple(name for name in first.categories.values() if name not in roots)
     left_out = [name for name in first.categories.values() if name in roots]
     note = f"category {', '.join(left_out)} is only the others' parent and is no class"

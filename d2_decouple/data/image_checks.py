@@ -43,14 +43,12 @@ class ImageFacts(NamedTuple):
     Attributes:
         stored: (width, height) of the pixels in the file.
         orientation: EXIF's, 1 for as stored.
-        mode: Pillow's name of the pixel format.
         digest: of the file's bytes; empty unless it was decoded.
         error: why it cannot be used, or empty; then the rest says nothing.
     """
 
     stored: tuple[int, int] = (0, 0)
     orientation: int = 1
-    mode: str = ""
     digest: bytes = b""
     error: str = ""
 
@@ -100,7 +98,7 @@ def _facts(image: Image.Image) -> ImageFacts:
     # Asking a PNG without EXIF for it would decode all of it.
     has_exif = image.format != "PNG" or "exif" in image.info
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
-    return ImageFacts(image.size, orientation if orientation in range(1, 9) else 1, image.mode)
+    return ImageFacts(image.size, orientation if orientation in range(1, 9) else 1)
 
 
 def _reason(error: BaseException) -> str:
@@ -153,10 +151,6 @@ def _image_findings(decode: bool) -> dict[str, Finding]:
             "that the boxes were drawn so",
             stops=False,
         ),
-        "deep": Finding(
-            "images with more than 8 bits, of which training would cut off what is above 255",
-            stops=False,
-        ),
     }
 
 
@@ -170,7 +164,7 @@ def _judge(record: dict[str, Any], fact: ImageFacts) -> tuple[str, str]:
         return ("unturned" if annotated == fact.stored else "size"), sizes
     if fact.orientation != 1 and fact.stored == fact.shown:
         return "ambiguous", f"orientation {fact.orientation}"
-    return ("deep", fact.mode) if fact.mode.startswith(("I", "F")) else ("", "")
+    return "", ""
 
 
 def _check_leaks(keys: Sequence[tuple[str, str, str]]) -> Iterator[Finding]:

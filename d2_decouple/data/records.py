@@ -36,6 +36,7 @@ __all__ = [
     "refuse_duplicates",
     "register_source",
     "require_images",
+    "visible",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -173,6 +174,11 @@ def refuse_duplicates(values: Iterable[Hashable], what: str, remedy: str) -> Non
     twice = [value for value, count in counts.items() if count > 1]
     if twice:
         raise DataError(f"{what}: {len(twice)} come more than once, first {twice[0]!r}; {remedy}")
+
+
+def visible(files: Iterable[Path]) -> list[Path]:
+    """Sorted, without hidden ones: archives made on a Mac hold a ``._NAME`` beside each file."""
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def missing_files(files: Sequence[str]) -> list[str]:

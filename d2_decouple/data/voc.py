@@ -29,11 +29,13 @@ from .records import (
     refuse_duplicates,
     register_source,
     require_images,
+    visible,
 )
 
 __all__ = [
     "VOCSource",
     "annotated_classes",
+    "annotation_files",
     "annotations_folder",
     "image_files",
     "load_voc",
@@ -62,7 +64,7 @@ def load_voc(
     detection that lies on one as false.
 
     An image is sought under its id with the suffix of the annotation's ``<filename>``, then under
-    that name, then under its id with any suffix of an image.
+    its id with any suffix of an image, then under that name, which may be an older one.
 
     Args:
         root: the folder that holds Annotations (or annotations, or the .xml files themselves),
@@ -73,8 +75,8 @@ def load_voc(
 
     Raises:
         FileNotFoundError: the folder, the split, an annotation or images are missing.
-        DataError: an annotation cannot be read, names an unknown class or a file outside the
-            folder; a split is empty or names an image twice.
+        DataError: an annotation cannot be read, names an unknown class, none, or a file outside
+            the folder; a split is empty or names an image twice.
     """
     return VOCSource("", os.fspath(root), split, tuple(classes))()
 
@@ -157,11 +159,16 @@ def annotations_folder(folder: Path) -> Path:
     return folder
 
 
+def annotation_files(folder: Path) -> list[Path]:
+    """The .xml files of a VOC folder, sorted."""
+    return visible(annotations_folder(folder).glob("*.xml"))
+
+
 def annotated_classes(folder: Path) -> tuple[str, ...]:
     """Sorted names of the objects in all annotations of a folder."""
     names = {
-        _name(item)
-        for file in sorted(annotations_folder(folder).glob("*.xml"))
+        _name(item, file)
+        for file in annotation_files(folder)
         for item in _parse(file).iterfind("object")
     }
     return tuple(sorted(names))
@@ -170,7 +177,7 @@ def annotated_classes(folder: Path) -> tuple[str, ...]:
 def image_files(folder: Path) -> list[Path]:
     """All images of a VOC folder, sorted."""
     files = (file for place in _image_folders(folder) for file in place.iterdir())
-    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    return visible(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 class _NoDoctype(ET.TreeBuilder):
@@ -186,7 +193,7 @@ def _image_folders(folder: Path) -> list[Path]:
 
 def _split_ids(folder: Path, split: str | None) -> list[str]:
     if split is None:
-        files = sorted(annotations_folder(folder).glob("*.xml"))
+        files = annotation_files(folder)
         if not files:
             raise DataError(f"no annotation (.xml) in {annotations_folder(folder)}")
         return [file.stem for file in files]
@@ -217,7 +224,7 @@ def _parse(file: Path) -> ET.Element:
         raise FileNotFoundError(f"annotation {file} is missing, though its split lists {file.stem}")
     try:
         return ET.parse(file, ET.XMLParser(target=_NoDoctype())).getroot()
-    except (ET.ParseError, ValueError) as error:
+    except (ET.ParseError, ValueError, LookupError) as error:  # the last: an unknown encoding
         raise DataError(f"cannot read annotation {file}: {error}") from error
 
 
@@ -255,8 +262,11 @@ def _load_image(
 
 def _find_image(places: Sequence[Path], image_id: str, filename: str) -> str:
     suffixes = [suffix for low in IMAGE_SUFFIXES for suffix in (low, low.upper())]
+    if filename.lower().endswith(".xml"):  # the annotation's own name, which is no image's
+        filename = ""
     likely = image_id + (Path(filename).suffix or ".jpg")
-    names = [likely, *([filename] if filename else []), *(image_id + end for end in suffixes)]
+    # The name comes last: it is often an older one, which another image may have got since.
+    names = [likely, *(image_id + end for end in suffixes), *([filename] if filename else [])]
     for name in names:
         for place in places:
             if (place / name).is_file():
@@ -264,12 +274,15 @@ def _find_image(places: Sequence[Path], image_id: str, filename: str) -> str:
     return str(places[0] / likely)
 
 
-def _name(item: ET.Element) -> str:
-    return (item.findtext("name") or "").strip()
+def _name(item: ET.Element, file: Path) -> str:
+    name = (item.findtext("name") or "").strip()
+    if not name:
+        raise DataError(f"{file}: an <object> has no <name>; write the class there")
+    return name
 
 
 def _load_object(item: ET.Element, file: Path, ids: dict[str, int]) -> dict[str, Any]:
-    name = _name(item)
+    name = _name(item, file)
     if name not in ids:
         raise DataError(
             f"{file}: unknown class {name!r}; known classes: {', '.join(ids)}; correct the file, "

@@ -149,8 +149,13 @@ def yacs_config(
         cfg.merge_from_file(str(path), allow_unsafe=allow_unsafe)
         prepare(cfg)
         cfg.merge_from_list(list(overrides))
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path.name}, its base, or an override of it: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path.name} or its _BASE_ cannot be read as plain yaml: {error}; give the "
+            "config.yaml that its training left, which has no tags and no base"
+        ) from error
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f"{path.name} or an override of it: {error}") from error
     return cfg
 
 

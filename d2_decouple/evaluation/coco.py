@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib
 import io
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -30,8 +29,6 @@ _SHOWN = {"AP50": 0, "AP75": 5, "AP90": 8}  # places in IOU_THRESHOLDS
 _AREAS = ("s", "m", "l")  # behind "all", at 32 and 96 pixels squared
 _RECALLS = (1, 10)  # detections per image and class of the first two columns of recall
 _MODULES = {"faster-coco-eval": "faster_coco_eval", "pycocotools": "pycocotools"}
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +168,11 @@ def _classes(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return COCO, COCOeval
     module = importlib.import_module(_MODULES[backend])
     # It tells its progress to a log of its own, at a level that users see.
-    return module.COCO, functools.partial(module.COCOeval_faster, print_function=_logger.debug)
+    return module.COCO, functools.partial(module.COCOeval_faster, print_function=_be_silent)
+
+
+def _be_silent(*_: Any) -> None:
+    pass
 
 
 def _dataset(truth: GroundTruth, annotations: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from .detections import class_colors
 
-__all__ = ["best_f1", "plot_precision_recall"]
+__all__ = ["best_f1", "plain_text", "plot_precision_recall"]
 
 _MOST_COLORS = 8  # classes with a colour of their own; more cannot be told apart
 _MEAN_COLOR = "#222222"
@@ -25,6 +25,13 @@ def best_f1(recall: np.ndarray, precision: np.ndarray) -> int:
     """The place at which the harmonic mean of recall and precision, both (R,), is highest."""
     total = recall + precision
     return int(np.argmax(np.where(total > 0, recall * precision / np.maximum(total, 1e-12), 0.0)))
+
+
+def plain_text(name: str) -> str:
+    """A class name as matplotlib draws it letter by letter, in legends, too."""
+    # What stands between two dollar signs would be a formula, and a label that begins with an
+    # underscore would be left out of the legend.
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def plot_precision_recall(
@@ -78,7 +85,7 @@ def _draw(
     colors = [tuple(value / 255 for value in color) for color in class_colors(len(class_names))]
     for index in known:
         curve = precision[:, index]
-        label = f"{class_names[index]}  {100 * curve.mean():.1f}"
+        label = f"{plain_text(class_names[index])}  {100 * curve.mean():.1f}"
         if many:
             axes.plot(recall, _reached(curve), color=_FAINT, alpha=0.5, linewidth=0.8)
             continue

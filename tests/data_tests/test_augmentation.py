@@ -13,6 +13,7 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from helpers_of_boxes import BOXES, HEIGHT, WIDTH, moved_together, record_of, seen
+from PIL import Image
 from torchvision.transforms import v2
 
 from d2_decouple.config import ConfigError, get_config
@@ -22,6 +23,7 @@ from d2_decouple.data.augmentation import (
     RandomCropKeepingObjects,
     TorchvisionV2,
 )
+from d2_decouple.data.images import read_rgb
 
 
 @pytest.fixture
@@ -83,6 +85,22 @@ def test_images_without_objects_or_annotations(record: dict[str, Any]) -> None:
 def test_the_mapper_moves_boxes_only(option: dict[str, bool]) -> None:
     with pytest.raises(ConfigError, match=rf"{next(iter(option))}=True.*data\.DatasetMapper"):
         BoxAwareMapper(True, augmentations=[], image_format="BGR", **option)
+
+
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+def test_images_are_read_as_for_inference(tmp_path: Path, order: str) -> None:
+    """Detectron2's own reader makes 16 bits white and shows what transparency hides."""
+    deep = np.full((8, 10), 20000, np.uint16)
+    clear = np.zeros((8, 10, 4), np.uint8)
+    clear[:4] = (200, 100, 50, 255)
+    for number, pixels in enumerate((deep, clear)):
+        file = tmp_path / f"{number}.png"
+        Image.fromarray(pixels).save(file)
+        mapper = BoxAwareMapper(is_train=False, augmentations=[], image_format=order)
+        found = mapper({"file_name": str(file), "height": 8, "width": 10})["image"]
+        wanted = read_rgb(file) if order == "RGB" else read_rgb(file)[..., ::-1]
+        assert (found.permute(1, 2, 0).numpy() == wanted).all()
+    assert found[:, 7, 9].tolist() == [255, 255, 255]
 
 
 def test_the_order_of_colours_is_checked() -> None:

@@ -109,7 +109,7 @@ def test_picture(tmp_path, count):
     objects = collect_objects(records, short_side=300, max_size=400)
     before = dict(matplotlib.rcParams)
     file = tmp_path / "new" / "sizes.png"
-    names = [f"class {index}" for index in range(15)]
+    names = ["$x_{$", "_x", *(f"class {index}" for index in range(2, 15))]  # no formula
     draw_box_sizes(objects, names, file, short_side=300, max_size=400)
     assert dict(matplotlib.rcParams) == before
     with Image.open(file) as image:

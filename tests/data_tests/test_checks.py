@@ -91,11 +91,12 @@ def test_images_that_exif_turns(toys):
     assert f"{file} (orientation 3)" in warning
 
 
-def test_images_of_16_bits(toys):
+def test_images_of_16_bits_and_transparent_ones_are_in_order(toys):
+    """They are read for training as they are for inference."""
     Image.fromarray(np.full((40, 60), 999, np.uint16)).save(image(toys))
-    (warning,) = check(toys).warnings
-    assert "images with more than 8 bits" in warning
-    assert f"{image(toys)} (I;16" in warning
+    assert check(toys, decode=True).warnings == []
+    Image.new("RGBA", (60, 40), (0, 0, 0, 100)).save(image(toys))
+    assert check(toys, decode=True).warnings == []
 
 
 def test_boxes_that_the_loader_mends_are_still_counted(toys):
@@ -240,6 +241,13 @@ def test_sets_without_anything_to_learn(toys, found, fault):
     sound = {"file_name": str(image(toys)), "image_id": 0, "height": 40, "width": 60}
     DatasetCatalog.register("others", lambda: [{**sound, **record} for record in found])
     assert fault in check_datasets(["others"], [], num_classes=1, decode=False).faults
+
+
+def test_difficult_objects_alone_are_nothing_to_learn(toys):
+    for file in (toys / "Annotations").iterdir():
+        file.write_text(file.read_text().replace("<difficult>0<", "<difficult>1<"))
+    (fault,) = check(toys).faults
+    assert fault.endswith("_train' has no objects to learn from")
 
 
 def test_a_test_set_without_objects_and_one_that_is_unknown(toys):

@@ -63,6 +63,12 @@ def test_ids_with_gaps_from_zero_and_in_any_order(coco):
     assert mapper(first)["instances"].gt_classes.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("area", [0, -3, math.nan, math.inf, "9", None])
+def test_an_area_that_cannot_be_is_left_out(coco, area):
+    first = load_coco(*coco(changed("annotations", 1, area=area)))[0]
+    assert all("area" not in item for item in first["annotations"])
+
+
 def test_ids_of_images_may_be_texts(coco):
     content = coco_content()
     for image in content["images"]:
@@ -160,6 +166,10 @@ def test_sound_boxes_pass_without_a_word(coco, caplog):
         (changed("annotations", 0, bbox=[1, 2, 3]), r"annotation 0 has bbox \[1, 2, 3\], wanted f"),
         (changed("annotations", 0, bbox=["a"] * 4), "annotation 0 has bbox .* wanted four numbers"),
         (changed("annotations", 0, bbox=[0, 0, 10**400, 9]), "a number of a box is out of range"),
+        (changed("annotations", 0, iscrowd="0"), "annotation 0 has iscrowd '0', wanted 0 or 1"),
+        (changed("annotations", 2, ignore="no"), "annotation 5 has ignore 'no', wanted 0 or 1"),
+        (changed("categories", 1, name=" "), "category 0 has no name; write one"),
+        ('{"images": ' + "[" * 100_000, r"cannot read .*instances\.json as JSON"),
         (changed("annotations", 0, id=[1]), r"an annotation has id \[1\], wanted int or str"),
         (changed("annotations", 0, category_id="dog"), "annotation 0 has category_id 'dog'"),
         ({**coco_content(), "images": [], "annotations": []}, r"instances\.json has no images"),

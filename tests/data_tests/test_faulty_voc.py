@@ -4,7 +4,7 @@
 import pytest
 from PIL import Image
 
-from d2_decouple.data import DataError, load_voc
+from d2_decouple.data import DataError, load_voc, register_folder
 
 
 @pytest.fixture
@@ -100,7 +100,16 @@ def replace_in(file, old, new):
 
 @pytest.mark.parametrize(
     "name",
-    ["../0.png", "/etc/0.png", "sub/../../0.png", "C:\\0.png", "\\\\host\\0.png", "..\\0.png"],
+    [
+        "../0.png",
+        "/etc/0.png",
+        "sub/../../0.png",
+        "C:\\0.png",
+        "C:0.png",
+        "\\0.png",
+        "\\\\host\\0.png",
+        "..\\0.png",
+    ],
 )
 def test_a_filename_that_leads_out_of_the_folder_is_refused(folder, name):
     root = folder([])
@@ -160,6 +169,47 @@ def test_images_are_found_wherever_and_whatever_they_are(folder, place, filename
     (root / place).parent.mkdir(exist_ok=True)
     Image.new("RGB", (40, 30)).save(root / place)
     assert load_voc(root, "train", ["cell"])[0]["file_name"] == str(root / place)
+
+
+def test_an_older_filename_does_not_fetch_another_image(folder):
+    root = folder([], [])
+    (root / "JPEGImages/0.png").rename(root / "JPEGImages/0.webp")
+    replace_in(root / "Annotations/0.xml", "0.png", "1.png")
+    records = load_voc(root, "train", ["cell"])
+    assert [record["file_name"][-6:] for record in records] == ["0.webp", "/1.png"]
+
+
+def test_the_annotations_own_name_is_no_image(folder):
+    root = folder([])
+    replace_in(root / "Annotations/0.xml", "0.png", "0.xml")
+    assert load_voc(root, "train", ["cell"])[0]["file_name"] == str(root / "JPEGImages/0.png")
+
+
+def test_boxes_of_parts_are_not_the_objects(folder):
+    root = folder([(3, 4, 30, 20.5)])
+    part = "<part><name>head</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>9</xmax><ymax>9</ymax>"
+    replace_in(root / "Annotations/0.xml", "<object>", f"<object>{part}</bndbox></part>")
+    assert boxes(load_voc(root, "train", ["cell"])) == [[[2, 3, 30, 20.5]]]
+
+
+@pytest.mark.parametrize("name", ["", "<name> </name>"])
+def test_an_object_without_a_class_is_named(folder, name):
+    root = folder([(1, 1, 5, 5)])
+    replace_in(root / "Annotations/0.xml", "<name>cell</name>", name)
+    message = r"0\.xml: an <object> has no <name>; write the class there"
+    with pytest.raises(DataError, match=message):
+        load_voc(root, "train", ["cell"])
+    with pytest.raises(DataError, match=message):
+        register_folder(root)
+
+
+def test_an_unknown_encoding_is_named(folder):
+    root = folder([])
+    replace_in(
+        root / "Annotations/0.xml", "<annotation>", '<?xml version="1.0" encoding="x"?><annotation>'
+    )
+    with pytest.raises(DataError, match=r"cannot read annotation .*0\.xml: unknown encoding: x"):
+        load_voc(root, "train", ["cell"])
 
 
 def test_names_of_images_may_hold_blanks_and_dots(folder):

@@ -114,6 +114,55 @@ def test_classes_come_from_all_annotations_and_negatives_stay(tmp_path):
     assert str(folder / "images/unlabelled.jpg") in found.notes[-1]
 
 
+def test_images_of_another_name_than_their_annotation_are_used(tmp_path):
+    folder = without_splits(make_shapes(tmp_path / "toys", images=4))
+    for file in (folder / "Annotations").iterdir():
+        file.rename(file.with_stem(file.stem.replace("shapes", "labels")))
+    found = register_folder(folder)
+    assert len(images(found.train) + images(found.test)) == 4
+    assert not any("not used" in note for note in found.notes)
+
+
+def test_names_of_lists_in_capitals_and_lists_that_say_nothing(tmp_path):
+    folder = make_shapes(tmp_path / "toys", images=8)
+    lists = folder / "ImageSets/Main"
+    for name in ("train", "val"):
+        (lists / f"{name}.txt").rename(lists / f"{name.title()}.txt")
+    assert "6 images for training, 2 for the test: the folder's" in register_folder(folder).notes[1]
+    for name in ("Train", "Val"):
+        (lists / f"{name}.txt").rename(lists / f"my_{name}.txt")
+    found = register_folder(folder)
+    assert "the folder has no splits" in found.notes[1]
+    note = "lists in ImageSets/Main that are not used: my_Train, my_Val; wanted one named train"
+    assert found.notes[2].startswith(note)
+
+
+@pytest.mark.parametrize("layout", ["voc", "coco"])
+def test_hidden_files_are_passed_over(tmp_path, layout):
+    """Those that an archive made on a Mac holds beside each file."""
+    folder = make_shapes(tmp_path / "toys", images=8, layout=layout)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    if layout == "voc":
+        shutil.rmtree(folder / "ImageSets")
+    for file in files:
+        if file.suffix == ".json":
+            file = file.rename(file.with_name(file.name.removeprefix("instances_")))
+        if file.parent.is_dir():
+            file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7\xff")
+    found = register_folder(folder)
+    assert len(images(found.train) + images(found.test)) == 8
+    assert len(found.notes) == 2
+
+
+def test_a_category_that_is_its_own_parent_is_a_class(tmp_path):
+    content = coco_content()
+    for category in content["categories"]:
+        category["supercategory"] = category["name"]
+    content["annotations"] = [x for x in content["annotations"] if x["category_id"] == 0]
+    write_coco(tmp_path / "pets/all.json", content, tmp_path / "pets/images")
+    assert register_folder(tmp_path / "pets").classes == ("cat", "dog")
+
+
 def test_a_voc_folder_for_each_split(tmp_path):
     folder = tmp_path / "export"
     for split, name in (("train", "a"), ("valid", "b"), ("test", "c")):

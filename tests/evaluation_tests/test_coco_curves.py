@@ -125,6 +125,7 @@ def test_a_limit_below_one_is_refused(limit):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_libraries_are_silent(backend, capsys, caplog):
     caplog.set_level("INFO")
+    caplog.set_level("DEBUG", "d2_decouple")  # as Detectron2 sets it in a training
     coco_curves(truth(objects((0, 0, 9, 9, 0))), {0: found((0, 0, 9, 9, 0.9))}, backend=backend)
     assert capsys.readouterr().out == ""
     assert caplog.text == ""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
 from d2_decouple.visualization import class_colors
-from d2_decouple.visualization.precision_recall import best_f1, plot_precision_recall
+from d2_decouple.visualization.precision_recall import best_f1, plain_text, plot_precision_recall
 
 RECALL = np.linspace(0, 1, 101)
 
@@ -69,6 +70,16 @@ def test_classes_without_objects_are_left_out(tmp_path, known):
     picture = draw(tmp_path, precision, ["a", "b"])
     assert has(picture, class_colors(1)[0]).any() == bool(known)
     assert not has(picture, class_colors(2)[1]).any()
+
+
+@pytest.mark.parametrize("name", ["$x_{$", "a$b$c", "_a", "US$"])
+def test_names_are_drawn_letter_by_letter(tmp_path, name):
+    draw(tmp_path, curves(0.8), [name])  # not a formula, which might be a wrong one
+    axes = Figure().subplots()
+    axes.plot([1], label=plain_text(name))
+    (text,) = axes.legend().get_texts()
+    assert text._preprocess_math(text.get_text()) == (text.get_text().replace(r"\$", "$"), False)
+    assert text.get_text().replace(r"\$", "$").strip() == name
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
