@@ -110,7 +110,7 @@ def test_links_and_named_files_exist(document: str) -> None:
 def test_layout_lists_every_folder_of_the_repository() -> None:
     (layout,) = (block for block in blocks("README.md", "") if "configs/" in block)
     named = set(re.findall(r"^(\w+)/", layout, re.MULTILINE))
-    assert named == {"d2_decouple", "configs", "tools", "tests"}
+    assert named == {"d2_decouple", "configs", "results", "tools", "tests"}
     assert all((ROOT / name).is_dir() for name in named)
 
 
@@ -137,6 +137,8 @@ def test_recipes_of_commands_exist_and_know_the_keys(document: str) -> None:
         if "--config-file" not in command:
             continue
         name = command[command.index("--config-file") + 1]
+        if name.startswith(OF_THE_READER):
+            continue
         assert find_config(name).is_file()
         if not name.endswith(".yaml"):
             get_config(name, [word for word in command if re.match(r"[\w.]+=", word)])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from d2_decouple.config import ConfigError, nearest
+from d2_decouple.data import register_bccd
 from d2_decouple.evaluation import EvaluationError, GroundTruth, read_ground_truth
 from d2_decouple.evaluation.evaluator import DETECTIONS_FILE, SUMMARY_FILE
 from d2_decouple.evaluation.files import write_json, write_text
@@ -149,6 +150,7 @@ def use_data(folder: Path, work: Path) -> None:
         link.symlink_to(folder, target_is_directory=True)
         folder = link.absolute()
     os.environ["DETECTRON2_DATASETS"] = str(folder.parent)
+    register_bccd()  # the recipes do it as well, but none may be loaded
 
 
 def chosen_runs(args: argparse.Namespace) -> list[Run]:

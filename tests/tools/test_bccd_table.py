@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -246,6 +247,19 @@ def test_bad_arguments_are_named(call, arguments, named, capsys):
     assert call(*arguments) == 1
     message = capsys.readouterr().err
     assert all(word in message for word in named), message
+
+
+def test_the_table_alone_in_a_process_of_its_own(blood, tmp_path):
+    """Where nothing has registered the data before."""
+    command = [sys.executable, str(TOOL), "--data", str(blood), "--no-training"]
+    command += ["--results", str(tmp_path / "none"), "--work", str(tmp_path / "work")]
+    path = os.pathsep.join([str(TOOL.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "nothing is finished" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_other_data_are_refused_with_their_counts(call, tmp_path, capsys):
