@@ -6,8 +6,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -17,22 +15,12 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from .findings import Finding, Split
+from .images import DECODING_ERRORS
 from .records import missing_files
 
 __all__ = ["ImageFacts", "check_images", "read_facts"]
 
-# What Pillow raises for files that are cut off, damaged or no images.
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_UNREADABLE: tuple[type[Exception], ...] = (*DECODING_ERRORS, Image.DecompressionBombError)
 _QUARTER_TURNS = (5, 6, 7, 8)
 _AT_ONCE = 256  # images: what is waiting for its turn stays small
 

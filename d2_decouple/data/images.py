@@ -16,12 +16,11 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-__all__ = ["ChannelOrder", "ImageError", "as_rgb", "read_pixels", "read_rgb"]
+__all__ = ["DECODING_ERRORS", "ChannelOrder", "ImageError", "as_rgb", "read_pixels", "read_rgb"]
 
 ChannelOrder: TypeAlias = Literal["BGR", "RGB"]
 
-# What Pillow's decoders raise for files that are damaged, cut off or made up.
-_DECODING: tuple[type[Exception], ...] = (
+DECODING_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     SyntaxError,
     ValueError,
@@ -34,6 +33,8 @@ _DECODING: tuple[type[Exception], ...] = (
     zlib.error,
     cv2.error,
 )
+"""What Pillow's and OpenCV's decoders raise for files that are damaged, cut off or made up."""
+
 _TIFF = (b"II*\0", b"MM\0*")
 
 
@@ -78,7 +79,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
         raise ImageError(
             f"{path} is no image of a known format, or its start is damaged"
         ) from error
-    except _DECODING as error:
+    except DECODING_ERRORS as error:
         raise ImageError(f"{path} cannot be decoded, it is damaged or cut off: {error}") from error
 
 
