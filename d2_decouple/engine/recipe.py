@@ -129,17 +129,6 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
             test.mapper.augmentations = []  # it resizes by itself, from the original
         yield test_set.names, instantiate(test), instantiate(cfg.dataloader.evaluator)
 
-    def evaluated(model: nn.Module) -> nn.Module:
-        if not augmented:
-            return model
-        inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-        try:
-            return TestTimeAugmentation.around(
-                inner, instantiate(cfg.dataloader.test.mapper.augmentations), **tta
-            )
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"train.tta: {error}") from error
-
     return Recipe(
         config=cfg,
         output_dir=str(options.output_dir),
@@ -163,8 +152,17 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         lr_scheduler=lambda _: instantiate(cfg.lr_multiplier),
         train_loader=train_loader,
         evaluations=evaluations,
-        evaluated=evaluated,
+        evaluated=lambda model: _augmented(model, cfg, tta) if augmented else model,
     )
+
+
+def _augmented(model: nn.Module, cfg: DictConfig, tta: Mapping[str, Any]) -> nn.Module:
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    augmentations = instantiate(cfg.dataloader.test.mapper.augmentations)
+    try:
+        return TestTimeAugmentation.around(inner, augmentations, **tta)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"train.tta: {error}") from error
 
 
 def yacs_recipe(cfg: CfgNode) -> Recipe:

@@ -81,20 +81,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         DataError: an image could not be loaded; the state before it is saved.
         CheckpointError: a checkpoint could not be read or written.
     """
-    model = recipe.model().train()
-    average = None if recipe.ema_decay is None else Average(model, recipe.ema_decay)
-    optimizer = recipe.optimizer(model)
-    model = distributed(recipe, model)
-    trainer = Trainer(
-        model=model,
-        loader=recipe.train_loader(),
-        optimizer=optimizer,
-        precision=recipe.precision,
-        accumulate=recipe.accumulate,
-        max_grad_norm=recipe.max_grad_norm,
-        average=average,
-        failures=recipe.output_dir,
-    )
+    trainer = _trainer(recipe)
+    model, average = trainer.model, trainer.average
     checkpointer = Checkpointer(
         model,
         recipe.output_dir,
@@ -133,6 +121,22 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
             f"{error}. {trainer.iter + 1} iterations are saved: --resume goes on from there"
         ) from error
     return results
+
+
+def _trainer(recipe: Recipe) -> Trainer:
+    model = recipe.model().train()
+    average = None if recipe.ema_decay is None else Average(model, recipe.ema_decay)
+    optimizer = recipe.optimizer(model)
+    return Trainer(
+        model=distributed(recipe, model),
+        loader=recipe.train_loader(),
+        optimizer=optimizer,
+        precision=recipe.precision,
+        accumulate=recipe.accumulate,
+        max_grad_norm=recipe.max_grad_norm,
+        average=average,
+        failures=recipe.output_dir,
+    )
 
 
 def _start(recipe: Recipe, trainer: Trainer, checkpointer: Checkpointer, resume: bool) -> int:
