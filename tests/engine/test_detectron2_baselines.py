@@ -57,9 +57,10 @@ def test_the_two_differ_where_detectron2s_own_recipes_do():
     assert areas.tolist() == pytest.approx([32, 64, 128, 256, 512])
     assert (fcos.test_score_thresh, fcos.test_nms_thresh) == (0.2, 0.6)
     assert (retina.test_score_thresh, retina.test_nms_thresh) == (0.05, 0.5)
-    norms = [layer for layer in fcos.head.modules() if isinstance(layer, nn.GroupNorm)]
-    assert [layer.num_groups for layer in norms] == [32] * 8
-    assert not [layer for layer in retina.head.modules() if isinstance(layer, nn.GroupNorm)]
+    # Not RetinaNet's own, but on 64 channels it learns nothing without.
+    for model in (retina, fcos):
+        norms = [layer for layer in model.head.modules() if isinstance(layer, nn.GroupNorm)]
+        assert [layer.num_groups for layer in norms] == [32] * 8
 
 
 @pytest.mark.parametrize("name", RECIPES)
