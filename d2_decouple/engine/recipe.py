@@ -25,7 +25,6 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError, door_recipe
 from ..data import register_bccd, require_dataset
@@ -34,7 +33,7 @@ from ..data.checks import check_datasets
 from ..data.loader import DataError, TrainLoader
 from ..evaluation import BoxEvaluator
 from ..modeling import OneStageDetector, TestTimeAugmentation
-from .trainer import Loader
+from .trainer import Loader, unwrapped
 
 __all__ = ["Recipe", "check_data", "check_recipe", "lazy_recipe", "yacs_recipe"]
 
@@ -157,7 +156,7 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
 
 
 def _augmented(model: nn.Module, cfg: DictConfig, tta: Mapping[str, Any]) -> nn.Module:
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    inner: Any = unwrapped(model)
     augmentations = instantiate(cfg.dataloader.test.mapper.augmentations)
     try:
         return TestTimeAugmentation.around(inner, augmentations, **tta)

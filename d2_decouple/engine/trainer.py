@@ -31,7 +31,7 @@ from ..data.loader import DataError
 from .errors import TrainingError, TrainingStoppedError
 from .signals import StopRequest
 
-__all__ = ["Average", "BatchError", "Loader", "Trainer"]
+__all__ = ["Average", "BatchError", "Loader", "Trainer", "unwrapped"]
 
 _logger = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ class Trainer(TrainerBase):
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self.average is not None:
-            self.average.update(_unwrapped(self.model))
+            self.average.update(unwrapped(self.model))
         if comm.get_world_size() == 1:  # else all processes learn it from the next losses
             self.stopping = self.signalled
 
@@ -314,7 +314,8 @@ def _synchronized(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     return model.no_sync()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without what distributed training puts around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
