@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models and inputs for the tests, made from the real recipes."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,13 @@ WIDTH = 64  # the least that GroupNorm's 32 groups can normalise on a map of one
 # Stem, res2 (as wide as the pyramid, as in ResNet-50), res3, ...; each differs from the one
 # before it, or Detectron2's basic block has no shortcut that could follow its stride.
 BOTTOM_UP_CHANNELS = (16, WIDTH, 32, 48, 40)
+
+
+def environment() -> dict[str, str]:
+    """For a process of its own: this checkout can be imported there, and it has one thread."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def tiny_resnet(*, norm: str = "FrozenBN", freeze_at: int = 2) -> ResNet:

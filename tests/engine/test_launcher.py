@@ -2,7 +2,6 @@
 """The launcher on real images: both kinds of config, several processes, bad input."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -13,13 +12,13 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from torch.multiprocessing import ProcessExitedException
+from util import environment
 
 from d2_decouple.checkpoint import Checkpointer, CheckpointError
 from d2_decouple.config import find_config, get_config
 from d2_decouple.engine import TrainingStoppedError
 from d2_decouple.train import _launched, main, parse_arguments
 
-ROOT = Path(__file__).resolve().parents[2]
 MINI = [
     "dataloader.train.dataset.names=bccd_mini_train",
     "dataloader.test.dataset.names=bccd_mini_val",
@@ -36,11 +35,6 @@ MINI_YACS = [
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-
-
-def environment():
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def run_subprocess(command, cwd):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from util import environment
 
 from d2_decouple.engine.trainer import Trainer
 from d2_decouple.train import main
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = [
     "dataloader.train.dataset.names=bccd_mini_train",
     "dataloader.test.dataset.names=bccd_mini_val",
@@ -118,11 +118,6 @@ def test_differences_are_found():
     assert not differences(one, {"a": [torch.zeros(2), 1], "b": 2})
     other = {"a": [torch.tensor([0.0, 1e-30]), 1], "b": 3}
     assert sorted(differences(one, other)) == ["/a/0", "/b"]
-
-
-def environment():
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def started(arguments, folder):
