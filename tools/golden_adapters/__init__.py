@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each kind of golden case is compared; ``verify_golden.py`` beside this folder says more."""
+
+from .case import Adapter, Case, GoldenError, load_case, read_json
+from .fcos import fcos_targets
+from .point_gather import deformable_points, pdnet_collect
+
+__all__ = ["ADAPTERS", "Adapter", "Case", "GoldenError", "load_case", "read_json"]
+
+ADAPTERS: dict[str, Adapter] = {
+    "deformable_points": Adapter(deformable_points),
+    "fcos_targets": Adapter(fcos_targets),
+    "pdnet_collect": Adapter(pdnet_collect),
+}
