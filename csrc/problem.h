@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 
 #include <cstdint>
+#include <string>
 
 namespace d2_decouple {
 
@@ -21,6 +22,22 @@ struct Sizes {
   int64_t depth() const { return groups * channels; }
   int64_t out_depth() const { return sum ? channels : points * channels; }
 };
+
+// As Python writes it.
+inline std::string name(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return "torch.float32";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    case at::kHalf:
+      return "torch.float16";
+    default:
+      return at::toString(type);
+  }
+}
 
 inline Sizes checked(const at::Tensor& input, const at::Tensor& points, int64_t groups, bool sum) {
   TORCH_CHECK(input.dim() == 4, "maps have shape ", input.sizes(),
@@ -37,10 +54,11 @@ inline Sizes checked(const at::Tensor& input, const at::Tensor& points, int64_t 
   const auto type = input.scalar_type();
   TORCH_CHECK(
       type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-      "maps are ", type, "; wanted is float32, float64, bfloat16 or float16");
+      "maps are ", name(type), "; wanted is float32, float64, bfloat16 or float16");
   const auto wanted = type == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(points.scalar_type() == wanted, "points are ", points.scalar_type(), "; wanted is ",
-              wanted, " with ", type, " maps (half precision is too coarse for coordinates)");
+  TORCH_CHECK(points.scalar_type() == wanted, "points are ", name(points.scalar_type()),
+              "; wanted is ", name(wanted), " with ", name(type),
+              " maps (half precision is too coarse for coordinates)");
   TORCH_CHECK(points.device() == input.device(), "points are on ", points.device(), ", maps on ",
               input.device(), "; wanted is one");
   return {input.size(0),  groups,         groups ? channels / groups : 0,
@@ -63,8 +81,8 @@ inline void check_gradient(const at::Tensor& grad, const at::Tensor& input, cons
   TORCH_CHECK(grad.sizes() == at::IntArrayRef(wanted), "the gradient has shape ", grad.sizes(),
               "; wanted is ", at::IntArrayRef(wanted));
   TORCH_CHECK(grad.scalar_type() == input.scalar_type() && grad.device() == input.device(),
-              "the gradient is ", grad.scalar_type(), " on ", grad.device(), "; wanted is ",
-              input.scalar_type(), " on ", input.device());
+              "the gradient is ", name(grad.scalar_type()), " on ", grad.device(), "; wanted is ",
+              name(input.scalar_type()), " on ", input.device());
 }
 
 }  // namespace d2_decouple

@@ -23,8 +23,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "../bilinear.h"
-#include "../problem.h"
+#include "bilinear.h"
+#include "problem.h"
 
 namespace d2_decouple {
 namespace {

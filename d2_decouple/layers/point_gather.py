@@ -8,7 +8,7 @@ Points are (x, y) in cells of the map that is read, an integer being the centre 
 always float32 (float64 for float64 maps): half precision is too coarse for coordinates. Values
 between cells are bilinear, cells outside the map are zero, so a value fades to zero over one cell
 and a point is ignored unless ``-1 < x < W`` and ``-1 < y < H``; one that is not a number is, too.
-On a whole number the derivative is the right-hand one. There is no second derivative.
+On a whole number the derivative is the right-hand one. The kernels have no second derivative.
 
 The compiled kernels of ``csrc/`` are used where they are loaded (:mod:`d2_decouple.extension`),
 ``grid_sample`` elsewhere and where a program is exported, so that it runs anywhere.
@@ -241,8 +241,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "point_gather has no second derivative: it was asked for one, by create_graph=True or by "
-        "a gradient of a gradient; reference_point_gather has none either"
+        "point_gather has no second derivative, and was asked for one: by create_graph=True, or by "
+        "a gradient of a gradient. grid_sample may have one: set D2D_USE_EXT=0"
     )
 
 
