@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-head detectron2-given lint benchmark wheel clean
+.PHONY: help setup run test test-head detectron2-given lint ext benchmark wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -30,17 +30,24 @@ detectron2-given:
 	  echo "There is no Detectron2 in '$(DETECTRON2)'. Type: make test-head DETECTRON2=DIR, where" \
 	    "DIR is a checkout of Detectron2 and so has a file detectron2/__init__.py." >&2; exit 2; }
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy and clang-format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
+
+ext: | $(VENV)  ## compile csrc/ again after a change (MAX_JOBS=1 where memory is small)
+	D2D_BUILD_EXT=1 $(RUN) tools/build_extension.py
+
+$(VENV):
+	@$(MAKE) setup
 
 benchmark: setup  ## measure this code and its references side by side
 	$(RUN) tools/benchmark.py
 
-wheel: setup  ## build a wheel into dist/
+wheel: setup  ## build a wheel into dist/ (D2D_BUILD_EXT=0: without compiled operators)
 	$(RUN) -m build --wheel --no-isolation --outdir dist
 
 clean:  ## delete what was built; .venv, output/ and datasets/ stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -14,6 +14,8 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,11 +30,12 @@ __all__ = ["collect", "format_report", "main"]
 Rows = list[tuple[str, str]]
 
 PROBE_SECONDS = 120
+TOOL_SECONDS = 20
 
 
 def collect() -> tuple[Rows, list[str]]:
     """Rows of (what, value), and one line for each thing that is missing or broken."""
-    rows = [*_platform_rows(), *_package_rows()]
+    rows = [*_platform_rows(), *_build_rows(), *_package_rows()]
     problems: list[str] = []
     with ThreadPoolExecutor() as pool:
         for name, (found, reason) in zip(_PROBES, pool.map(_run_probe, _PROBES), strict=True):
@@ -78,12 +81,45 @@ def _platform_rows() -> Rows:
     ]
 
 
+def _build_rows() -> Rows:
+    """What would compile the operators, and the variables that say whether to."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = (f"{home}/bin/nvcc",) if home else ("nvcc", "/usr/local/cuda/bin/nvcc")
+    return [
+        ("C++ compiler", _tool(shlex.split(os.environ.get("CXX", "c++"))[0])),
+        ("ninja", _tool(str(Path(sys.executable).with_name("ninja")), "ninja")),
+        ("nvcc", _tool(*nvcc)),
+        ("D2D_BUILD_EXT", os.environ.get("D2D_BUILD_EXT", "not set, so auto")),
+        ("D2D_USE_EXT", os.environ.get("D2D_USE_EXT", "not set, so 1")),
+    ]
+
+
+def _tool(*commands: str) -> str:
+    """Version and place of the first of these programs that is there."""
+    path = next(filter(None, map(shutil.which, commands)), None)
+    if path is None:
+        return f"none (sought: {', '.join(commands)})"
+    try:
+        done = subprocess.run(
+            [path, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TOOL_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path}, which does not run: {error}"
+    if done.returncode:
+        return f"{path}, which does not run: exit status {done.returncode}"
+    lines = done.stdout.splitlines() or ["unknown version"]
+    # The first line of most tells the version; nvcc's is in the one with its release.
+    return f"{next((line for line in lines if ' release ' in line), lines[0])}: {path}"
+
+
 def _package_rows() -> Rows:
     package = Path(__file__).resolve().parent
-    return [
-        ("d2_decouple", f"{__version__}, {_install_kind(package)}: {package}"),
-        ("compiled operators", "none in this version: everything runs in PyTorch"),
-    ]
+    return [("d2_decouple", f"{__version__}, {_install_kind(package)}: {package}")]
 
 
 def _install_kind(package: Path) -> str:
@@ -158,6 +194,14 @@ def _probe_recipes() -> Rows:
     return [("recipes", f"{len(config_names())} below {configs_root()}")]
 
 
+def _probe_operators() -> Rows:
+    from d2_decouple.extension import status
+
+    operators = status()
+    unused = "" if operators.loaded else "none, so PyTorch's own are used: "
+    return [("compiled operators", f"{unused}{operators.reason}")]
+
+
 def _version_probe(module: str, row: str | None = None) -> Callable[[], Rows]:
     def probe() -> Rows:
         return [(row or module, importlib.import_module(module).__version__)]
@@ -176,6 +220,7 @@ _PROBES: dict[str, Callable[[], Rows]] = {
     "omegaconf": _version_probe("omegaconf"),
     "detectron2": _probe_detectron2,
     "recipes": _probe_recipes,
+    "compiled operators": _probe_operators,
 }
 
 _REMEDIES = {
@@ -191,6 +236,10 @@ _REMEDIES = {
     "matplotlib": "Install it: pip install matplotlib",
     "omegaconf": "Install it: pip install omegaconf",
     "detectron2": "Install it from a checkout of d2-decouple: python tools/install_detectron2.py",
+    "compiled operators": (
+        "Build them again in a checkout: D2D_BUILD_EXT=1 pip install --no-build-isolation -e . "
+        "To do without them: export D2D_USE_EXT=0"
+    ),
     "recipes": "Mend what is named above; if nothing is, install d2-decouple again",
 }
 

@@ -6,10 +6,10 @@ compiled. ``D2D_USE_EXT=0`` keeps it from being loaded, so that everything runs 
 """
 
 import importlib
-import importlib.util
 import json
 import os
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,8 @@ def status() -> Status:
     if wanted == "0":
         return _unloaded("not loaded, because D2D_USE_EXT=0")
     record, unreadable = _read_record()
-    if importlib.util.find_spec(MODULE) is None:
+    # Beside this file only: an editable install of another checkout would offer its own.
+    if PathFinder.find_spec(MODULE, [str(RECORD.parent)]) is None:
         return _unloaded(f"not built ({record.get('missing') or unreadable}); {BUILD}")
     if unreadable:
         return _unloaded(f"not loaded, because {unreadable}; {BUILD}")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,28 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers_of_building import ROOT, build, copy_checkout, is_source, source_files
 
 from d2_decouple import __version__
 from d2_decouple.config import config_names
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# What .gitignore names: made by tools, no part of the source.
-NOT_SOURCE = {".git", "__pycache__", "build", "dist", "output", "datasets", "htmlcov", "shared"}
-NOT_SOURCE_MARKS = (".venv", ".egg-info", "_cache", ".pyc", ".so", ".coverage")
-
-
-def source_files() -> list[Path]:
-    """Files of the checkout, relative to it."""
-    found = []
-    for folder, names, files in os.walk(ROOT):
-        names[:] = [name for name in names if is_source(name)]
-        found += [Path(folder, name).relative_to(ROOT) for name in files if is_source(name)]
-    return sorted(found)
-
-
-def is_source(name: str) -> bool:
-    return name not in NOT_SOURCE and not any(mark in name for mark in NOT_SOURCE_MARKS)
 
 
 def recipes() -> list[Path]:
@@ -43,29 +24,11 @@ def recipes() -> list[Path]:
     return sorted(file.relative_to(ROOT) for file in found if file.suffix in {".py", ".yaml"})
 
 
-def build(tree: Path, kind: str, settings: str = "None") -> Path:
-    """Result of the build backend's hook `build_<kind>`, run in `tree`."""
-    out = tree.parent / kind
-    code = (
-        "import setuptools.build_meta as backend\n"
-        f"print(backend.build_{kind}({str(out)!r}, {settings}))"
-    )
-    out.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return out / done.stdout.splitlines()[-1]
-
-
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clean copy of the checkout, so that building leaves nothing behind in it."""
-    copy = tmp_path / "tree"
-    for file in source_files():
-        (copy / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / file, copy / file)
-    return copy
+    monkeypatch.setenv("D2D_BUILD_EXT", "0")  # test_building.py is about the operators
+    return copy_checkout(tmp_path / "tree")
 
 
 def test_wheel_holds_the_package_and_every_recipe_and_nothing_else(tree: Path) -> None:
@@ -79,7 +42,7 @@ def test_wheel_holds_the_package_and_every_recipe_and_nothing_else(tree: Path) -
     modules = [file for file in source_files() if file.parts[0] == "d2_decouple"]
     assert content == {file.as_posix() for file in modules} | {
         f"d2_decouple/{file.as_posix()}" for file in recipes()
-    }
+    } | {"d2_decouple/_C_build.json"}
 
 
 def test_unpacked_wheel_loads_its_own_recipes_from_any_folder(tree: Path) -> None:

@@ -12,6 +12,9 @@ torch is what the package index has under that name. The variable D2D_TORCH name
     D2D_TORCH="torch torchvision --index-url URL"
 
 PyTorch's installation page has the URL of builds for the CPU, which are much smaller.
+
+The compiled operators of a checkout are built where there is a compiler. With D2D_BUILD_EXT=1 it is
+an error if that fails, with D2D_BUILD_EXT=0 they are not built.
 """
 
 from __future__ import annotations
@@ -45,10 +48,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MARK = "made-by-d2-decouple"
 STAMP = "d2-decouple-stamp.json"
 LOG = "d2-decouple-setup.log"
-BUILD_TOOLS = ("pip<26", "setuptools>=77,<82", "wheel")
+BUILD_TOOLS = ("pip<26", "setuptools>=77,<82", "wheel", "ninja")
 STAMPED_FILES = (
     "setup.py",
     "pyproject.toml",
+    "tools/build_extension.py",
     "tools/detectron2_source.py",
     "tools/environment.py",
     "tools/install_detectron2.py",
@@ -59,6 +63,7 @@ TORCH_CHECK = (
     "torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5); "
     "print('torch', torch.__version__ + ', torchvision', torchvision.__version__)"
 )
+OPERATORS_CHECK = "from d2_decouple.extension import status; print(status().reason)"
 
 
 class BrokenEnvironmentError(StepError):
@@ -72,6 +77,7 @@ class Request(NamedTuple):
     dev: bool = False
     wheel: Path | None = None
     torch: str = "torch torchvision"
+    operators: str = "auto"  # D2D_BUILD_EXT
 
     @property
     def python(self) -> Path:
@@ -176,12 +182,14 @@ def is_up_to_date(request: Request) -> bool:
 def fingerprint(request: Request) -> dict[str, Any]:
     """All that decides what is installed."""
     files = [ROOT / name for name in STAMPED_FILES]
+    files += sorted(file for file in (ROOT / "csrc").rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in [*files, *([request.wheel] if request.wheel else [])]:
         digest.update(f"{file.name}\0".encode())
         digest.update(file.read_bytes())
     return {
         "torch": request.torch,
+        "operators": request.operators,
         "dev": request.dev,
         "package": str(request.wheel or ROOT),
         "sha256": digest.hexdigest(),
@@ -192,7 +200,7 @@ def _run_steps(request: Request, progress: Progress) -> None:
     tools = Tools(request.python, request.venv / LOG, progress.show)
     steps: list[tuple[str, Callable[[], str | None]]] = [
         ("virtual environment", lambda: _make_venv(request)),
-        ("pip, setuptools, wheel", lambda: _install_build_tools(request, tools)),
+        ("pip, setuptools, ninja", lambda: _install_build_tools(request, tools)),
         ("torch and torchvision", lambda: _install_torch(request, tools, progress)),
         ("Detectron2", lambda: _install_detectron2(tools, progress)),
         ("d2-decouple", lambda: _install_package(request, tools)),
@@ -241,7 +249,7 @@ def _make_venv(request: Request) -> str:
 def _install_build_tools(request: Request, tools: Tools) -> None:
     # The pip of an environment that somebody else made stays as it is.
     wanted = [name for name in BUILD_TOOLS if request.ours or not name.startswith("pip")]
-    tools.pip("install", *wanted, what="installing pip, setuptools and wheel")
+    tools.pip("install", *wanted, what="installing pip, setuptools and ninja")
 
 
 def _install_torch(request: Request, tools: Tools, progress: Progress) -> str:
@@ -273,7 +281,7 @@ def _install_detectron2(tools: Tools, progress: Progress) -> None:
         )
 
 
-def _install_package(request: Request, tools: Tools) -> None:
+def _install_package(request: Request, tools: Tools) -> str:
     extra = "[dev]" if request.dev else ""
     if request.wheel:
         # The same version may be installed from another wheel, which pip would keep.
@@ -285,6 +293,8 @@ def _install_package(request: Request, tools: Tools) -> None:
     tools.pip("install", *target, what="installing d2-decouple and what it needs")
     if not _is_complete(request.python, request.dev):
         raise BrokenEnvironmentError("not all that was installed can be found")
+    said = _python_says(request.python, OPERATORS_CHECK)
+    return f"operators: {said or 'not usable; python -m d2_decouple.collect_env says why'}"
 
 
 def _is_complete(python: Path, dev: bool) -> bool:
@@ -342,7 +352,8 @@ def _parse(arguments: Sequence[str] | None) -> Request:
     # Commands run in another folder. Links are kept: the folder's own name is what users know.
     wheel = args.wheel.absolute() if args.wheel else None
     torch = os.environ.get("D2D_TORCH", "").strip() or "torch torchvision"
-    return Request(args.venv.absolute(), args.dev, wheel, torch)
+    operators = os.environ.get("D2D_BUILD_EXT", "auto")
+    return Request(args.venv.absolute(), args.dev, wheel, torch, operators)
 
 
 def _shown(folder: Path) -> str:

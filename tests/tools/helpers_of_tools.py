@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"
 sys.path.append(str(TOOLS))
 
+build_extension = importlib.import_module("build_extension")
 environment = importlib.import_module("environment")
 install_detectron2 = importlib.import_module("install_detectron2")
 pip_steps = importlib.import_module("pip_steps")

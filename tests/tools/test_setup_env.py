@@ -100,6 +100,20 @@ def test_changed_files_are_noticed(
     assert actions == ALL * 2
 
 
+def test_changed_sources_of_the_operators_are_noticed(
+    tmp_path: Path, checkout: Path, actions: list[str]
+) -> None:
+    kernel = checkout / "csrc" / "cpu" / "kernel.cpp"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("as it was\n")
+    request = environment.Request(tmp_path / "venv")
+    set_up(request)
+    kernel.write_text("as it is now\n")
+    set_up(request)
+    set_up(request)
+    assert actions == ALL * 2
+
+
 def test_changed_wishes_are_noticed(tmp_path: Path, checkout: Path, actions: list[str]) -> None:
     wheel = tmp_path / "d2_decouple-1-py3-none-any.whl"
     wheel.write_bytes(b"first")
@@ -107,6 +121,7 @@ def test_changed_wishes_are_noticed(tmp_path: Path, checkout: Path, actions: lis
     wishes = [
         first,
         first._replace(torch="torch==2.4.1 torchvision==0.19.1"),
+        first._replace(operators="1"),
         first._replace(wheel=wheel),
         first._replace(dev=True),
     ]
@@ -301,6 +316,23 @@ def test_checkout_or_wheel(tmp_path: Path, pip_calls: list[tuple[str, ...]]) -> 
     ]
 
 
+def test_operators_are_chosen_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("D2D_BUILD_EXT", raising=False)
+    assert environment._parse([]).operators == "auto"
+    monkeypatch.setenv("D2D_BUILD_EXT", "0")
+    assert environment._parse([]).operators == "0"
+
+
+def test_says_what_became_of_the_operators(
+    tmp_path: Path, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = pip_steps.Tools(Path(sys.executable), tmp_path / "log")
+    request = environment.Request(tmp_path)
+    assert "collect_env says why" in environment._install_package(request, tools), "no Python there"
+    monkeypatch.setattr(environment, "_python_says", lambda python, code: "compiled for the CPU")
+    assert environment._install_package(request, tools) == "operators: compiled for the CPU"
+
+
 def test_wheel_that_is_not_there() -> None:
     done = run_script("--wheel", "no.whl")
     assert done.returncode == 2
@@ -311,8 +343,8 @@ def test_no_network(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     done = run_script("--venv", venv, **only_index(closed_address()))
     assert done.returncode == 1
-    assert "[2/5] pip, setuptools, wheel ... failed" in done.stdout
-    assert "installing pip, setuptools and wheel: no network" in done.stderr
+    assert "[2/5] pip, setuptools, ninja ... failed" in done.stdout
+    assert "installing pip, setuptools and ninja: no network" in done.stderr
     assert "the package index cannot be reached" in done.stderr
     assert "HTTPS_PROXY" in done.stderr
     assert "type the same command again" in done.stderr
