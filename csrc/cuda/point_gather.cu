@@ -53,10 +53,13 @@ struct Tiling {
   int64_t steps[4];      // from the cell at or before a point to each around it
 
   Tiling(const Sizes& size, int width) {
-    // Few locations leave most of a GPU idle, unless each is shared out among more threads.
+    // Few locations leave most of a GPU idle, unless each is shared out among more threads. Else
+    // there are as many as leave fewer of them without a channel in the last turn.
     const bool few = size.images * size.locations() < 8192;
+    const int64_t packs = (size.channels + width - 1) / width;
+    const unsigned most_lanes = few ? 32 : (packs - 1) % 8 < 4 ? 4 : 8;
     unsigned lanes = 1, rows = 1;
-    while (lanes < (few ? 32 : 8) && lanes * width < size.channels) lanes *= 2;
+    while (lanes < most_lanes && lanes < packs) lanes *= 2;
     // Neighbours read the same cells: the squarer a tile, the more of them are in the cache.
     const unsigned locations = std::max(few ? 8u : 32u, 32 / lanes);
     while (4 * rows * rows <= locations && 2 * rows <= size.rows) rows *= 2;
