@@ -2,18 +2,20 @@
 // The loops over points and channels. Included once for each instruction set, in a namespace of
 // its own, while the compiler may use that set: hence no include guard, and no header from here.
 
-// A cache line of numbers; the compiler cuts it into the registers that there are.
-typedef float Floats __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef uint16_t Shorts __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+// As many numbers as fill a register; D2D_REGISTER is its size in bytes.
+typedef float Floats __attribute__((vector_size(D2D_REGISTER)));
+typedef double Doubles __attribute__((vector_size(D2D_REGISTER)));
+typedef uint16_t Shorts __attribute__((vector_size(D2D_REGISTER / 2)));
+typedef uint32_t Words __attribute__((vector_size(D2D_REGISTER)));
 
 template <typename Real>
 using Vector = std::conditional_t<std::is_same_v<Real, double>, Doubles, Floats>;
 
 template <typename Number>
 constexpr int64_t lanes =
-    std::is_arithmetic_v<Number> ? 1 : (std::is_same_v<Number, Doubles> ? 8 : 16);
+    std::is_arithmetic_v<Number>
+        ? 1
+        : D2D_REGISTER / (std::is_same_v<Number, Doubles> ? sizeof(double) : sizeof(float));
 
 // Between memory and one number or a vector of them, converting what the map holds.
 template <typename Number, typename Map>
@@ -53,17 +55,19 @@ inline void store(Map* to, const Number& value) {
   }
 }
 
-// The sum of all lanes, in an order that does not depend on the instruction set.
-template <typename Real>
-inline Real total(const Vector<Real>& vector) {
-  Real parts[lanes<Vector<Real>>];
-  std::memcpy(parts, &vector, sizeof(parts));
-  for (int64_t half = lanes<Vector<Real>> / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      parts[lane] += parts[lane + half];
-    }
+// The sum of all lanes: the halves are added until one number is left.
+template <typename Real, int bytes = D2D_REGISTER>
+inline Real total(const void* lanes_of_vector) {
+  typedef Real Half __attribute__((vector_size(bytes / 2)));
+  Half low, high;
+  std::memcpy(&low, lanes_of_vector, sizeof(Half));
+  std::memcpy(&high, static_cast<const char*>(lanes_of_vector) + sizeof(Half), sizeof(Half));
+  low += high;
+  if constexpr (sizeof(Half) == sizeof(Real)) {
+    return low[0];
+  } else {
+    return total<Real, bytes / 2>(&low);
   }
-  return parts[0];
 }
 
 // Ask for the cache lines of a row before they are needed: rows lie too far apart for the processor
@@ -149,8 +153,8 @@ inline void spread(const Corners<Real>& cells, const Map* grad, const Map* const
     }
   }
   for (int k = 0; k < 4; ++k) {
-    dx += cells.dx[k] * products[k];
-    dy += cells.dy[k] * products[k];
+    dx += cells.point.weight_dx(k) * products[k];
+    dy += cells.point.weight_dy(k) * products[k];
   }
 }
 
@@ -160,6 +164,7 @@ void backward_rows(const Sizes& size, const Block& block, const Gradients<Map, R
                    const Points<Real>& points) {
   constexpr int64_t ahead = 4;  // visits between the asking for a row and its use
   const int64_t depth = size.depth(), width = block.high - block.low;
+  const int64_t locations = size.locations(), out_depth = size.out_depth();
   const std::vector<Map> nothing(width, Map(0));
   std::vector<Real> ignored(width);
   const int64_t first =
@@ -168,10 +173,10 @@ void backward_rows(const Sizes& size, const Block& block, const Gradients<Map, R
   Real* grad_input = to.grad_input ? to.grad_input + first : nullptr;
   Corners<Real> ring[ahead];
   Visit now(size, block), next = now;
-  const auto look_up = [&](int64_t slot) {
+  const auto look_up = [&](Corners<Real>& cells) {
     const Real* x = points.at(next.place) + next.point * points.point;
-    ring[slot] = Corners<Real>(size, x, x + points.axis);
-    for (const int64_t offset : ring[slot].offsets) {
+    cells = Corners<Real>(size, x, x + points.axis);
+    for (const int64_t offset : cells.offsets) {
       if (offset >= 0) {
         prefetch<0>(input + offset * depth, width);
         if (grad_input) {
@@ -181,37 +186,38 @@ void backward_rows(const Sizes& size, const Block& block, const Gradients<Map, R
     }
     next.step(size, block);
   };
-  const int64_t visits = size.locations() * (block.last_point - block.first_point);
+  const int64_t visits = locations * (block.last_point - block.first_point);
   for (int64_t i = 0; i < std::min(ahead, visits); ++i) {
-    look_up(i);
+    look_up(ring[i]);
   }
   for (int64_t i = 0; i < visits; ++i, now.step(size, block)) {
-    const Corners<Real> cells = ring[i % ahead];
+    const Corners<Real>& cells = ring[i % ahead];
+    if (!cells.ignored()) {  // or infinity times nothing would be NaN
+      const Map* rows[4];
+      Real* grad_rows[4];
+      for (int k = 0; k < 4; ++k) {
+        const int64_t offset = cells.offsets[k];
+        rows[k] = offset < 0 ? nothing.data() : input + offset * depth;
+        grad_rows[k] = offset < 0 || !grad_input ? ignored.data() : grad_input + offset * depth;
+      }
+      const int64_t location = now.place.index(size);
+      const Map* grad = to.grad + location * out_depth + block.low;
+      grad += size.sum ? 0 : now.point * size.channels;
+      Real* result = to.grad_points(size, block, now.point) + location % locations;
+      int64_t channel = 0;
+      for (; channel < width; result += to.part_size) {
+        const int64_t end = std::min(channel + to.part_width, width);
+        Vector<Real> along{}, across{};
+        Real dx = 0, dy = 0;
+        spread(cells, grad, rows, grad_rows, along, across, channel, end);
+        spread(cells, grad, rows, grad_rows, dx, dy, channel, end);
+        result[0] = dx + total<Real>(&along);
+        result[locations] = dy + total<Real>(&across);
+      }
+    }
     if (i + ahead < visits) {
-      look_up(i % ahead);
+      look_up(ring[i % ahead]);
     }
-    if (cells.ignored()) {
-      continue;  // whatever comes back, infinity included
-    }
-    const Map* rows[4];
-    Real* grad_rows[4];
-    for (int k = 0; k < 4; ++k) {
-      const bool outside = cells.offsets[k] < 0;
-      rows[k] = outside ? nothing.data() : input + cells.offsets[k] * depth;
-      grad_rows[k] =
-          outside || !grad_input ? ignored.data() : grad_input + cells.offsets[k] * depth;
-    }
-    const int64_t location = now.place.index(size);
-    const Map* grad = to.grad + location * size.out_depth() + block.low +
-                      (size.sum ? 0 : now.point * size.channels);
-    int64_t channel = 0;
-    Vector<Real> along{}, across{};
-    Real dx = 0, dy = 0;
-    spread(cells, grad, rows, grad_rows, along, across, channel, width);
-    spread(cells, grad, rows, grad_rows, dx, dy, channel, width);
-    Real* result = to.grad_points(size, block, now.point) + location % size.locations();
-    result[0] = dx + total<Real>(along);
-    result[size.locations()] = dy + total<Real>(across);
   }
 }
 
@@ -262,44 +268,54 @@ void forward_planes(const Sizes& size, const Map* input, const Points<Real>& poi
   }
 }
 
+// Some locations of one channel: shares of the cells, and what the points' places change.
+template <typename Map, typename Real>
+inline void scatter_plane(const Corners<Real>* corners, int64_t length, const Map* grad,
+                          const Map* plane, Real* grad_plane, Real* dx, Real* dy) {
+  for (int64_t i = 0; i < length; ++i) {
+    const Real g = static_cast<Real>(grad[i]);
+    for (int k = 0; k < 4; ++k) {
+      const int64_t cell = corners[i].offsets[k];
+      if (cell >= 0) {
+        const Real product = g * static_cast<Real>(plane[cell]);
+        dx[i] += corners[i].point.weight_dx(k) * product;
+        dy[i] += corners[i].point.weight_dy(k) * product;
+        if (grad_plane) {
+          grad_plane[cell] += g * corners[i].weights[k];
+        }
+      }
+    }
+  }
+}
+
 template <typename Map, typename Real>
 void backward_planes(const Sizes& size, const Block& block, const Gradients<Map, Real>& to,
                      const Points<Real>& points) {
   const int64_t cells = size.cells(), locations = size.locations();
   std::vector<Corners<Real>> corners(tile);
-  const int64_t first =
-      ((block.image * size.groups + block.group) * size.channels + block.low) * cells;
+  const int64_t group = (block.image * size.groups + block.group) * size.channels;
   for (int64_t point = block.first_point; point < block.last_point; ++point) {
     Place place(size, block.image * locations);
-    Real* result = to.grad_points(size, block, point);
     for (int64_t start = 0; start < locations; start += tile) {
       const int64_t length = std::min(tile, locations - start);
-      Real dx[tile] = {}, dy[tile] = {};
       for (int64_t i = 0; i < length; ++i, place.step(size)) {
         const Real* x = points.at(place) + point * points.point;
         corners[i] = Corners<Real>(size, x, x + points.axis);
       }
-      for (int64_t channel = block.low; channel < block.high; ++channel) {
-        const int64_t plane = first + (channel - block.low) * cells;
-        const int64_t from = channel + (size.sum ? 0 : point * size.channels);
-        const Map* grad = to.grad + (block.image * size.out_depth() + from) * locations + start;
-        for (int64_t i = 0; i < length; ++i) {
-          const Real g = static_cast<Real>(grad[i]);
-          for (int k = 0; k < 4; ++k) {
-            if (corners[i].offsets[k] >= 0) {
-              const int64_t cell = plane + corners[i].offsets[k];
-              const Real product = g * static_cast<Real>(to.input[cell]);
-              dx[i] += corners[i].dx[k] * product;
-              dy[i] += corners[i].dy[k] * product;
-              if (to.grad_input) {
-                to.grad_input[cell] += g * corners[i].weights[k];
-              }
-            }
-          }
+      Real* result = to.grad_points(size, block, point) + start;
+      for (int64_t low = block.low; low < block.high; low += to.part_width) {
+        Real dx[tile] = {}, dy[tile] = {};
+        for (int64_t c = low; c < std::min(low + to.part_width, block.high); ++c) {
+          const int64_t from = block.image * size.out_depth() + c;
+          const int64_t apart = size.sum ? 0 : point * size.channels;
+          scatter_plane(corners.data(), length, to.grad + (from + apart) * locations + start,
+                        to.input + (group + c) * cells,
+                        to.grad_input ? to.grad_input + (group + c) * cells : nullptr, dx, dy);
         }
+        std::copy(dx, dx + length, result);
+        std::copy(dy, dy + length, result + locations);
+        result += to.part_size;
       }
-      std::copy(dx, dx + length, result + start);
-      std::copy(dy, dy + length, result + locations + start);
     }
   }
 }

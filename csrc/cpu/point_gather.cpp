@@ -14,14 +14,12 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "bilinear.h"
 #include "problem.h"
@@ -75,29 +73,26 @@ template <typename Real>
 struct Corners {
   int64_t offsets[4] = {-1, -1, -1, -1};
   Real weights[4] = {};
-  Real dx[4] = {}, dy[4] = {};  // derivatives of the weights
+  Bilinear<Real> point{};
 
   Corners() = default;
   Corners(const Sizes& size, const Real* x, const Real* y) {
-    Bilinear<Real> at;
-    if (locate(*x, *y, size.width, size.height, at)) {
+    if (locate(*x, *y, size.width, size.height, point)) {
+      const int64_t first = point.y * size.width + point.x;
       for (int k = 0; k < 4; ++k) {
-        offsets[k] = at.in(k) ? (at.y + k / 2) * size.width + at.x + k % 2 : -1;
-        weights[k] = at.weight(k);
-        dx[k] = at.weight_dx(k);
-        dy[k] = at.weight_dy(k);
+        offsets[k] = point.in(k) ? first + k / 2 * size.width + k % 2 : -1;
+        weights[k] = point.weight(k);
       }
     }
   }
 
-  bool ignored() const {
-    return std::all_of(offsets, offsets + 4, [](int64_t offset) { return offset < 0; });
-  }
+  bool ignored() const { return (offsets[0] & offsets[1] & offsets[2] & offsets[3]) == -1; }
 };
 
-// Channels low to high of one group of one image, and the points that read them.
+// Channels low to high of one group of one image, and the points that read them. `low` is where a
+// part of the channels begins, `part` its number.
 struct Block {
-  int64_t image, group, number, low, high, first_point, last_point;
+  int64_t image, group, part, low, high, first_point, last_point;
 };
 
 // The way through the locations of a block and their points.
@@ -119,32 +114,39 @@ struct Visit {
 template <typename Map, typename Real>
 struct Gradients {
   const Map *grad, *input;
-  Real* grad_input;  // null where it is not wanted
-  Real* parts;       // (blocks of a group, N, P, 2, Ho, Wo)
+  Real* grad_input;               // null where it is not wanted
+  Real* parts;                    // (parts, N, P, 2, Ho, Wo)
+  int64_t part_width, part_size;  // channels of a part; numbers in `parts` for each
 
   Real* grad_points(const Sizes& size, const Block& block, int64_t point) const {
-    const int64_t image = block.number * size.images + block.image;
-    return parts + (image * size.points + point) * 2 * size.locations();
+    const int64_t row = block.image * size.points + point;
+    return parts + block.part * part_size + row * 2 * size.locations();
   }
 };
 
 namespace portable {
+#define D2D_REGISTER 16
 #include "kernels.h"
-}
+#undef D2D_REGISTER
+}  // namespace portable
 // Clang has other words for this; it uses what the whole build may use.
 #if defined(__x86_64__) && !defined(__clang__)
 #define D2D_X86_KERNELS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+#define D2D_REGISTER 32
 #include "kernels.h"
-}
+#undef D2D_REGISTER
+}  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 namespace avx512 {
+#define D2D_REGISTER 64
 #include "kernels.h"
-}
+#undef D2D_REGISTER
+}  // namespace avx512
 #pragma GCC pop_options
 #endif
 
@@ -226,19 +228,35 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& points, int64_t gr
   return out;
 }
 
-// Zeros whose pages are large where the system can: most of the time that fresh memory takes is
-// spent on its pages.
+// Zeros. Large memory goes back to the system when it is freed, and to get it again, page by page,
+// takes as long as all else in a backward. So some is kept here, and used again when nobody else
+// has it: at most `limit` bytes, the oldest goes first.
 at::Tensor zeros(at::IntArrayRef shape, const at::TensorOptions& options, at::MemoryFormat format) {
-  at::Tensor result = at::empty(shape, options, format);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 1 << 21;
-  const auto address = reinterpret_cast<uintptr_t>(result.data_ptr());
-  const uintptr_t first = (address + page - 1) / page * page;
-  const uintptr_t last = (address + result.nbytes()) / page * page;
-  if (first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  constexpr size_t least = size_t(1) << 20, limit = size_t(256) << 20;
+  static std::mutex mutex;
+  static auto* const kept = new std::deque<c10::Storage>;  // never destroyed: PyTorch may be gone
+  const std::lock_guard<std::mutex> lock(mutex);
+  at::Tensor result = at::empty(shape, options, format);  // takes no pages yet
+  const size_t bytes = result.nbytes();
+  if (bytes < least || bytes > limit) {
+    return result.zero_();
   }
-#endif
+  const auto fits = [&](const c10::Storage& storage) {
+    return storage.use_count() == 1 && bytes <= storage.nbytes() && storage.nbytes() <= 2 * bytes;
+  };
+  const auto found = std::find_if(kept->begin(), kept->end(), fits);
+  if (found != kept->end()) {
+    result.set_(*found, 0, shape, result.strides());
+    return result.zero_();
+  }
+  kept->push_back(result.storage());
+  size_t total = 0;
+  for (auto storage = kept->rbegin(); storage != kept->rend(); ++storage) {
+    total += storage->nbytes();
+  }
+  for (; total > limit; kept->pop_front()) {
+    total -= kept->front().nbytes();
+  }
   return result.zero_();
 }
 
@@ -249,10 +267,9 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   const Sizes size = checked(input, points, groups, sum);
   check_gradient(grad, input, size);
   const at::MemoryFormat format = layout(input);
-  // Blocks are cut the same way for any number of threads, and give each enough to do.
-  const int64_t limit = groups == 1 ? 64 : 128;
-  const int64_t count = std::max<int64_t>((size.channels + limit - 1) / limit, 1);
-  const int64_t width = ((size.channels + count - 1) / count + 15) / 16 * 16;
+  // Each part is summed by itself, whoever does it: so the sums do not depend on the threads.
+  const int64_t count = std::max<int64_t>((size.channels + 63) / 64, 1);
+  const int64_t width = std::max<int64_t>(((size.channels + count - 1) / count + 15) / 16 * 16, 16);
   at::Tensor grad_input = output_mask[0] ? zeros(input.sizes(), points.options(), format)
                                          : at::empty({0}, points.options());
   at::Tensor parts =
@@ -262,24 +279,29 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
     using Map = decltype(map);
     using Real = decltype(real);
     const Points<Real> where(points);
-    const Gradients<Map, Real> to{upstream.const_data_ptr<Map>(), maps.const_data_ptr<Map>(),
+    const Gradients<Map, Real> to{upstream.const_data_ptr<Map>(),
+                                  maps.const_data_ptr<Map>(),
                                   output_mask[0] ? grad_input.mutable_data_ptr<Real>() : nullptr,
-                                  parts.mutable_data_ptr<Real>()};
+                                  parts.mutable_data_ptr<Real>(),
+                                  width,
+                                  points.numel()};
     const bool nothing = upstream.numel() == 0 || size.cells() == 0;
-    const int64_t blocks = nothing ? 0 : size.images * size.groups * count;
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t number = i % count, group = i / count % size.groups;
-        const int64_t low = number * width, high = std::min(low + width, size.channels);
+    const int64_t all = nothing ? 0 : size.images * size.groups * count;
+    at::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
+      while (begin < end) {  // the parts of one group at a time
+        const int64_t part = begin % count, group = begin / count % size.groups;
+        const int64_t next = std::min(end, begin - part + count);
+        const int64_t high = std::min((part + next - begin) * width, size.channels);
         const bool shared = size.groups == 1;
         const Block block{
-            i / count / size.groups,         group, number, low, high, shared ? 0 : group,
+            begin / count / size.groups,     group, part, part * width, high, shared ? 0 : group,
             shared ? size.points : group + 1};
         if (format == at::MemoryFormat::Contiguous) {
           D2D_CALL(backward_planes, size, block, to, where);
         } else {
           D2D_CALL(backward_rows, size, block, to, where);
         }
+        begin = next;
       }
     });
   });
@@ -291,8 +313,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   at::Tensor grad_points = at::empty({0}, points.options());
   if (output_mask[1]) {
     grad_points = parts[0];
-    for (int64_t number = 1; number < count; ++number) {
-      grad_points.add_(parts[number]);
+    for (int64_t part = 1; part < count; ++part) {
+      grad_points.add_(parts[part]);
     }
   }
   return {grad_input, grad_points};
