@@ -162,7 +162,7 @@ inline void spread(const Corners<Real>& cells, const Map* grad, const Map* const
 template <typename Map, typename Real>
 void backward_rows(const Sizes& size, const Block& block, const Gradients<Map, Real>& to,
                    const Points<Real>& points) {
-  constexpr int64_t ahead = 4;  // visits between the asking for a row and its use
+  constexpr int64_t ahead = 6;  // visits between the asking for a row and its use
   const int64_t depth = size.depth(), width = block.high - block.low;
   const int64_t locations = size.locations(), out_depth = size.out_depth();
   const std::vector<Map> nothing(width, Map(0));
@@ -190,8 +190,8 @@ void backward_rows(const Sizes& size, const Block& block, const Gradients<Map, R
   for (int64_t i = 0; i < std::min(ahead, visits); ++i) {
     look_up(ring[i]);
   }
-  for (int64_t i = 0; i < visits; ++i, now.step(size, block)) {
-    const Corners<Real>& cells = ring[i % ahead];
+  for (int64_t i = 0, slot = 0; i < visits; ++i, now.step(size, block)) {
+    Corners<Real>& cells = ring[slot];
     if (!cells.ignored()) {  // or infinity times nothing would be NaN
       const Map* rows[4];
       Real* grad_rows[4];
@@ -216,8 +216,9 @@ void backward_rows(const Sizes& size, const Block& block, const Gradients<Map, R
       }
     }
     if (i + ahead < visits) {
-      look_up(ring[i % ahead]);
+      look_up(cells);
     }
+    slot = slot + 1 == ahead ? 0 : slot + 1;
   }
 }
 
