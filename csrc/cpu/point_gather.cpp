@@ -228,35 +228,38 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& points, int64_t gr
   return out;
 }
 
-// Zeros. Large memory goes back to the system when it is freed, and to get it again, page by page,
-// takes as long as all else in a backward. So some is kept here, and used again when nobody else
-// has it: at most `limit` bytes, the oldest goes first.
-at::Tensor zeros(at::IntArrayRef shape, const at::TensorOptions& options, at::MemoryFormat format) {
+// Lets a fresh tensor have memory that was used before. Large memory goes back to the system when
+// it is freed, and to get it again, page by page, takes as long as all else in a backward. So some
+// is kept here, for when nobody else has it: at most `limit` bytes, the oldest goes first.
+void use_again(at::Tensor& tensor) {
   constexpr size_t least = size_t(1) << 20, limit = size_t(256) << 20;
   static std::mutex mutex;
   static auto* const kept = new std::deque<c10::Storage>;  // never destroyed: PyTorch may be gone
-  const std::lock_guard<std::mutex> lock(mutex);
-  at::Tensor result = at::empty(shape, options, format);  // takes no pages yet
-  const size_t bytes = result.nbytes();
+  const size_t bytes = tensor.nbytes();
   if (bytes < least || bytes > limit) {
-    return result.zero_();
+    return;
   }
-  const auto fits = [&](const c10::Storage& storage) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = std::find_if(kept->begin(), kept->end(), [&](const c10::Storage& storage) {
     return storage.use_count() == 1 && bytes <= storage.nbytes() && storage.nbytes() <= 2 * bytes;
-  };
-  const auto found = std::find_if(kept->begin(), kept->end(), fits);
+  });
   if (found != kept->end()) {
-    result.set_(*found, 0, shape, result.strides());
-    return result.zero_();
+    tensor.set_(*found, 0, tensor.sizes().vec(), tensor.strides().vec());
+    return;
   }
-  kept->push_back(result.storage());
+  kept->push_back(tensor.storage());
   size_t total = 0;
-  for (auto storage = kept->rbegin(); storage != kept->rend(); ++storage) {
-    total += storage->nbytes();
+  for (const c10::Storage& storage : *kept) {
+    total += storage.nbytes();
   }
   for (; total > limit; kept->pop_front()) {
     total -= kept->front().nbytes();
   }
+}
+
+at::Tensor zeros(at::IntArrayRef shape, const at::TensorOptions& options, at::MemoryFormat format) {
+  at::Tensor result = at::empty(shape, options, format);  // takes no pages yet
+  use_again(result);
   return result.zero_();
 }
 
