@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_tools import PUBLIC_CASES, TOOL, load
+from golden_tools import PUBLIC_CASES, TOOL, change_entry, load
 
 # Made by the loops of ``tests/data/golden``: no reference implementation has them alone.
 OWN_KINDS = {"deformable_points"}
@@ -127,17 +127,8 @@ def write_case(folder: Path, center_sampling: bool = True, norm_on_bbox: bool = 
 
 
 def change_json(path: Path, **changes: Any) -> None:
-    header = json.loads(path.read_text(encoding="utf-8"))
     for dotted, value in changes.items():
-        *parents, last = dotted.split("__")
-        node = header
-        for parent in parents:
-            node = node[parent]
-        if value is None:
-            del node[last]
-        else:
-            node[last] = value
-    path.write_text(json.dumps(header), encoding="utf-8")
+        change_entry(path, dotted.split("__"), value)
 
 
 def change_arrays(path: Path, drop: str = "", **replaced: np.ndarray) -> None:

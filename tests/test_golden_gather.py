@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Golden numbers of the gather: on each path, and that a wrong gather does not pass."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_tools import OWN_CASES, PUBLIC_CASES, ROOT, TOOL, load
+from golden_tools import OWN_CASES, PUBLIC_CASES, ROOT, TOOL, change_entry, load
 from torch import Tensor
 
 from d2_decouple.layers.point_gather import (
@@ -230,16 +229,8 @@ def test_damaged_case_fails(
     for suffix in (".json", ".npz"):
         shutil.copy(OWN_CASES / f"pdnet_collect_sizes{suffix}", tmp_path)
     path = tmp_path / "pdnet_collect_sizes.json"
-    header = json.loads(path.read_text(encoding="utf-8"))
-    *parents, last = (x.replace("|", "/") for x in place.replace("//", "|").split("/"))
-    node = header
-    for parent in parents:
-        node = node[parent]
-    if value is None:
-        del node[last]
-    else:
-        node[last] = value
-    path.write_text(json.dumps(header), encoding="utf-8")
+    keys = [key.replace("|", "/") for key in place.replace("//", "|").split("/")]
+    change_entry(path, keys, value)
     assert not run(golden, tmp_path, "pdnet_collect")
     message = capsys.readouterr().err
     assert "pdnet_collect_sizes" in message
