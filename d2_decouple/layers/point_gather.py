@@ -45,7 +45,7 @@ def dynamic_point_gather(maps: Tensor, points: Tensor, reduction: str = "none") 
 
     Returns:
         (N, C, Ho, Wo) summed, or (N, P * C, Ho, Wo) with point p's values at p * C; in the dtype
-        of ``maps`` and channels-last unless ``maps`` are contiguous.
+        of ``maps``. The kernels write it channels-last unless ``maps`` are contiguous.
 
     Raises:
         ValueError: an unknown reduction.

@@ -52,6 +52,7 @@ def test_equal_to_loops(
         (20, 9),
         (80, 9),
         (256, 1),
+        (136, 33),
     ):
         options = dict(own_channels=own_channels, sum_points=sum_points, dtype=dtype)
         case = on_gpu(make_case(share=share, num_points=points, **options), layout)  # type: ignore[arg-type]
