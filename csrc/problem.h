@@ -57,8 +57,10 @@ inline Sizes checked(const at::Tensor& input, const at::Tensor& points, int64_t 
       "maps are ", name(type), "; wanted is float32, float64, bfloat16 or float16");
   const auto wanted = type == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK(points.scalar_type() == wanted, "points are ", name(points.scalar_type()),
-              "; wanted is ", name(wanted), " with ", name(type),
-              " maps (half precision is too coarse for coordinates)");
+              "; wanted is ", name(wanted), " with ", name(type), " maps",
+              at::isReducedFloatingType(points.scalar_type())
+                  ? " (half precision is too coarse for coordinates)"
+                  : "");
   TORCH_CHECK(points.device() == input.device(), "points are on ", points.device(), ", maps on ",
               input.device(), "; wanted is one");
   return {input.size(0),  groups,         groups ? channels / groups : 0,

@@ -207,6 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="counted runs of each side")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of both sides")
     args = parser.parse_args(arguments)
+    for name in ("repeats", "threads"):
+        if vars(args)[name] < 1:
+            parser.error(f"--{name} is {vars(args)[name]}; wanted is at least 1")
     if args.list:
         _print_list()
         return 0

@@ -38,7 +38,7 @@ def status() -> Status:
     Raises:
         ConfigError: ``D2D_USE_EXT`` is neither 0 nor 1.
     """
-    wanted = os.environ.get("D2D_USE_EXT", "1")
+    wanted = os.environ.get("D2D_USE_EXT") or "1"
     if wanted not in ("0", "1"):
         raise ConfigError(
             f"D2D_USE_EXT is {wanted!r}; wanted is 1 (use the compiled operators where there are "
@@ -83,7 +83,7 @@ def _read_record() -> tuple[dict[str, Any], str]:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return {}, f"nothing tells how it was built ({RECORD.name}: {error})"
-    if not isinstance(record, dict) or not isinstance(record.get("torch"), str | None):
+    if not isinstance(record, dict) or not isinstance(record.get("torch", 0), str | None):
         return {}, f"nothing tells how it was built ({RECORD.name} has no version of torch)"
     return record, ""
 

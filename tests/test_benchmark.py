@@ -65,6 +65,13 @@ def test_only_chooses_and_an_unknown_row_names_the_nearest(rows, tmp_path):
         benchmark.main(["--only", "slw"])
 
 
+@pytest.mark.parametrize("option", ["--repeats", "--threads"])
+def test_at_least_one_run_and_one_thread(option, rows, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([option, "0"])
+    assert f"{option} is 0; wanted is at least 1" in capsys.readouterr().err
+
+
 def test_list_names_target_reference_and_setting(capsys):
     assert benchmark.main(["--list"]) == 0
     printed = capsys.readouterr().out

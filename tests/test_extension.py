@@ -113,7 +113,7 @@ def test_switched_off(
         assert asked().reason == "not loaded, because D2D_USE_EXT=0"
 
 
-@pytest.mark.parametrize("value", ["", "no", "2"])
+@pytest.mark.parametrize("value", ["no", "2"])
 def test_unknown_wish(folder: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("D2D_USE_EXT", value)
     with pytest.raises(ConfigError, match=rf"D2D_USE_EXT is '{value}'; wanted is 1 .* or 0"):
@@ -142,6 +142,7 @@ RECORDS = {
     "cut off": ('{"torch": "2.', "_C_build.json: Unterminated string"),
     "binary": (b"\xff\xfe\x00", "_C_build.json: 'utf-8' codec"),
     "list": ("[]", "_C_build.json has no version of torch"),
+    "nameless": ('{"missing": "all"}', "_C_build.json has no version of torch"),
     "number": ('{"torch": 2.15}', "_C_build.json has no version of torch"),
 }
 

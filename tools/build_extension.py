@@ -31,7 +31,7 @@ __all__ = ["BuildError", "Result", "build", "gist", "main"]
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 RECORD = "_C_build.json"
-GPUS = "8.0;9.0+PTX"  # Ampere, Hopper, and by PTX whatever comes later
+GPUS = "7.5;8.0;9.0+PTX"  # Turing, Ampere, Hopper, and by PTX whatever comes later
 
 # Python without its global lock has no stable interface yet.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")

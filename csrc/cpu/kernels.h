@@ -33,11 +33,14 @@ inline Number load(const Map* from) {
     if constexpr (std::is_same_v<Map, at::BFloat16>) {
       return (Floats)(wide << 16);
     } else {
-      // Half's exponents are 112 smaller; a product mends that for subnormal numbers, too.
-      // Infinity and NaN have all bits of it set, and keep them.
-      const Words shifted = (wide & 0x7fff) << 13;
-      const Words special = (Words)(shifted >= 0x0f800000) & 0x7f800000;
-      return (Floats)((Words)((Floats)shifted * 0x1p112f) | special | (wide & 0x8000) << 16);
+      // Half's exponents are 112 smaller; infinity and NaN have all bits set, and keep them.
+      // Subnormal numbers count 2^-24, which is what the last bit of 0.5 is worth.
+      const Words magnitude = wide & 0x7fff;
+      const Words tiny = (Words)(magnitude < 0x400);
+      const Words counted = (Words)((Floats)(magnitude | 0x3f000000) - 0.5f);
+      const Words normal = (magnitude << 13) + 0x38000000;
+      const Words special = (Words)(magnitude >= 0x7c00) & 0x7f800000;
+      return (Floats)((tiny & counted) | (~tiny & normal) | special | (wide & 0x8000) << 16);
     }
   }
 }
@@ -153,8 +156,10 @@ inline void spread(const Corners<Real>& cells, const Map* grad, const Map* const
     }
   }
   for (int k = 0; k < 4; ++k) {
-    dx += cells.point.weight_dx(k) * products[k];
-    dy += cells.point.weight_dy(k) * products[k];
+    if (cells.offsets[k] >= 0) {  // or infinity times nothing would be NaN
+      dx += cells.point.weight_dx(k) * products[k];
+      dy += cells.point.weight_dy(k) * products[k];
+    }
   }
 }
 
@@ -192,7 +197,7 @@ void backward_rows(const Sizes& size, const Block& block, const Gradients<Map, R
   }
   for (int64_t i = 0, slot = 0; i < visits; ++i, now.step(size, block)) {
     Corners<Real>& cells = ring[slot];
-    if (!cells.ignored()) {  // or infinity times nothing would be NaN
+    if (!cells.ignored()) {
       const Map* rows[4];
       Real* grad_rows[4];
       for (int k = 0; k < 4; ++k) {

@@ -241,7 +241,7 @@ void use_again(at::Tensor& tensor) {
   }
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = std::find_if(kept->begin(), kept->end(), [&](const c10::Storage& storage) {
-    return storage.use_count() == 1 && bytes <= storage.nbytes() && storage.nbytes() <= 2 * bytes;
+    return storage.nbytes() == bytes && storage.use_count() == 1 && storage.resizable();
   });
   if (found != kept->end()) {
     tensor.set_(*found, 0, tensor.sizes().vec(), tensor.strides().vec());
@@ -315,7 +315,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   }
   at::Tensor grad_points = at::empty({0}, points.options());
   if (output_mask[1]) {
-    grad_points = parts[0];
+    grad_points = count == 1 ? parts[0] : parts[0].clone();
     for (int64_t part = 1; part < count; ++part) {
       grad_points.add_(parts[part]);
     }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from .point_gather import deformable_point_gather
+from .point_gather import autocast_enabled, deformable_point_gather
 
 __all__ = ["deformable_point_conv"]
 
@@ -42,10 +42,10 @@ def deformable_point_conv(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit each other.
     """
-    _check_shapes(features, points, weight)
+    _check_shapes(features, points, weight, bias)
     device = features.device.type
-    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
-        # Here and not inside, since the backward runs without autocast.
+    if autocast_enabled(device) and features.dtype != torch.float64:
+        # Here and not inside: the backward shall have the same dtypes.
         dtype = torch.get_autocast_dtype(device)
         features, points, weight = features.to(dtype), points.float(), weight.to(dtype)
     features = features.contiguous(memory_format=torch.channels_last)
@@ -64,6 +64,8 @@ def deformable_point_conv(
 def _part(features: Tensor, points: Tensor, taps: Tensor) -> Tensor:
     """What some points contribute, (N, out, Ho, Wo); their ``taps`` are (out, P, C)."""
     gathered = deformable_point_gather(features, points)
+    if 0 in gathered.shape[-2:]:  # which conv2d refuses
+        return torch.einsum("nkhw,ok->nohw", gathered, taps.flatten(1))
     return _PointwiseConv.apply(gathered, features, points, taps.flatten(1)[:, :, None, None])
 
 
@@ -82,14 +84,17 @@ class _PointwiseConv(torch.autograd.Function):
         """Features and points have their gradients through ``gathered``."""
         features, points, taps = ctx.saved_tensors
         grad_gathered = grad_taps = None
-        if ctx.needs_input_grad[3]:  # first: what is gathered has gone when its gradient comes
-            grad_taps = conv2d_weight(deformable_point_gather(features, points), taps.shape, grad)
-        if ctx.needs_input_grad[0]:
-            grad_gathered = F.conv2d(grad, taps.transpose(0, 1))
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[3]:  # first: what is gathered has gone when its gradient comes
+                gathered = deformable_point_gather(features, points)
+                grad_taps = conv2d_weight(gathered, taps.shape, grad)
+                del gathered
+            if ctx.needs_input_grad[0]:
+                grad_gathered = F.conv2d(grad, taps.transpose(0, 1))
         return grad_gathered, None, None, grad_taps
 
 
-def _check_shapes(features: Tensor, points: Tensor, weight: Tensor) -> None:
+def _check_shapes(features: Tensor, points: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 4 or not weight.numel():
         raise RuntimeError(
             f"weight has shape {tuple(weight.shape)}; wanted is (out, C, kh, kw), none of them 0"
@@ -99,6 +104,11 @@ def _check_shapes(features: Tensor, points: Tensor, weight: Tensor) -> None:
         raise RuntimeError(
             f"features have shape {tuple(features.shape)}; wanted is (N, {channels}, H, W) with a "
             f"weight of shape {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise RuntimeError(
+            f"bias has shape {tuple(bias.shape)}; wanted is ({weight.shape[0]},) with a weight of "
+            f"shape {tuple(weight.shape)}"
         )
     taps = height * width
     if points.dim() != 5 or tuple(points.shape[1:3]) != (taps, 2):

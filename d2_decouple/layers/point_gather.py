@@ -8,7 +8,8 @@ Points are (x, y) in cells of the map that is read, an integer being the centre 
 always float32 (float64 for float64 maps): half precision is too coarse for coordinates. Values
 between cells are bilinear, cells outside the map are zero, so a value fades to zero over one cell
 and a point is ignored unless ``-1 < x < W`` and ``-1 < y < H``; one that is not a number is, too.
-On a whole number the derivative is the right-hand one. The kernels have no second derivative.
+On a whole number the derivative is the right-hand one. The kernels have no second derivative, nor
+do they work in ``torch.func``'s transforms.
 
 The compiled kernels of ``csrc/`` are used where they are loaded (:mod:`d2_decouple.extension`),
 ``grid_sample`` elsewhere and where a program is exported, so that it runs anywhere.
@@ -27,7 +28,8 @@ from .. import extension
 __all__ = ["deformable_point_gather", "dynamic_point_gather", "reference_point_gather"]
 
 REDUCTIONS = {"none": False, "sum": True}
-MAP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+MAP_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
 
 _EXTENSION = extension.status()  # read once: torch.compile would trace the reading
 
@@ -74,8 +76,13 @@ def deformable_point_gather(features: Tensor, points: Tensor) -> Tensor:
     return _gather(features, points, 1, False)
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a type of device; of "meta" torch does not know it."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _gather(maps: Tensor, points: Tensor, groups: int, sum_points: bool) -> Tensor:
-    if points.dtype in (torch.half, torch.bfloat16) and torch.is_autocast_enabled(maps.device.type):
+    if points.dtype in HALF_DTYPES and autocast_enabled(maps.device.type):
         points = points.float()
     device = maps.device.type
     has_kernel = {"cpu": _EXTENSION.cpu, "cuda": _EXTENSION.cuda}.get(device, False)
@@ -156,7 +163,7 @@ def _to_frame(points: Tensor, inside: Tensor, size: int) -> Tensor:
 
 
 def _check(maps: Tensor, points: Tensor, groups: int) -> None:
-    """Refuse what does not fit, with the same words as the compiled operator."""
+    """Refuse what does not fit, as the compiled operator does."""
     if maps.dim() != 4:
         raise RuntimeError(f"maps have shape {_s(maps)}; wanted is (N, groups * C, H, W)")
     if points.dim() != 5 or points.shape[2] != 2:
@@ -181,8 +188,8 @@ def _check(maps: Tensor, points: Tensor, groups: int) -> None:
     wanted = torch.float64 if maps.dtype == torch.float64 else torch.float32
     if points.dtype != wanted:
         raise RuntimeError(
-            f"points are {points.dtype}; wanted is {wanted} with {maps.dtype} maps (half precision "
-            "is too coarse for coordinates)"
+            f"points are {points.dtype}; wanted is {wanted} with {maps.dtype} maps"
+            + " (half precision is too coarse for coordinates)" * (points.dtype in HALF_DTYPES)
         )
     if points.device != maps.device:
         raise RuntimeError(f"points are on {points.device}, maps on {maps.device}; wanted is one")

@@ -127,6 +127,24 @@ def test_empty_batch_has_gradients() -> None:
     assert not bias.any()
 
 
+def test_no_locations_have_gradients() -> None:
+    features, points, weight, bias = problem()
+    inputs = [features, points[..., :0, :], weight, bias]
+    result = deformable_point_conv(*inputs)
+    assert result.shape == (features.shape[0], 4, 0, 7)
+    assert not any(x.any() for x in torch.autograd.grad(result.sum(), [features, weight, bias]))
+
+
+def test_backward_inside_autocast_keeps_its_dtypes() -> None:
+    inputs = problem(dtype=torch.float32)
+    want = torch.autograd.grad(deformable_point_conv(*inputs).sum(), inputs)
+    result = deformable_point_conv(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(result.sum(), inputs)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_output_may_have_another_size_than_the_features() -> None:
     features, points, weight, bias = problem()
     some = points[..., 1:5, 2:4]
@@ -265,6 +283,10 @@ def test_peak_memory_is_below_that_of_deform_conv2d() -> None:
         ),
         ([(2, 5, 6, 7), (2, 0, 2, 6, 7), (4, 5, 0, 3)], r"weight has shape \(4, 5, 0, 3\)"),
         ([(2, 5, 6, 7), (1, 9, 2, 6, 7), (4, 5, 3, 3)], r"of 1 images, maps of 2"),
+        (
+            [(2, 5, 6, 7), (2, 9, 2, 6, 7), (4, 5, 3, 3), (4, 1)],
+            r"bias has shape \(4, 1\); wanted is \(4,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(shapes: list[tuple[int, ...]], message: str) -> None:

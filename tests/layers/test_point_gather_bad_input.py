@@ -220,8 +220,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "double points for float maps": (
         dict(points=POINTS.double()),
-        "points are torch.float64; wanted is torch.float32 with torch.float32 maps (half "
-        "precision is too coarse for coordinates)",
+        "points are torch.float64; wanted is torch.float32 with torch.float32 maps",
     ),
     "float points for double maps": (
         dict(maps=torch.zeros(2, 18, 4, 5).double()),
@@ -340,3 +339,28 @@ def test_loops_find_fault() -> None:
         values.view(-1)[far] += change
         with pytest.raises(AssertionError, match="values is wrong in 1 of"):
             assert_right("kernel", case, got._replace(values=values))
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_infinite_gradient_at_the_border_is_no_matter_of_layout(
+    layout: torch.memory_format,
+) -> None:
+    maps = torch.ones(1, 2, 3, 3).contiguous(memory_format=layout).requires_grad_()
+    points = torch.tensor([-0.5, 0.5]).reshape(1, 1, 2, 1, 1).requires_grad_()
+    value = deformable_point_gather(maps, points)
+    (grad,) = torch.autograd.grad(value, points, torch.full_like(value, float("inf")))
+    assert grad[0, 0, 0].item() == float("inf")
+
+
+@needs_kernel
+def test_subnormal_halves_are_read_where_the_processor_flushes_such_floats() -> None:
+    maps = torch.full((1, 35, 2, 2), 5e-7, dtype=torch.half)
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush")
+    try:
+        values = deformable_point_gather(maps, torch.zeros(1, 1, 2, 1, 1))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(values.flatten(), maps[0, :, 0, 0])

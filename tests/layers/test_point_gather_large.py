@@ -199,3 +199,16 @@ def test_memory_is_used_again_only_when_nobody_has_it(layout: str) -> None:
     again = gradient(1)
     assert address == again.data_ptr(), "memory was not used again"
     assert torch.equal(again, wanted)
+
+
+@needs_kernel
+@pytest.mark.parametrize("channels", [256, 192])
+def test_gradients_hold_no_more_than_themselves(channels: int) -> None:
+    """The first one's memory would be large enough for the second one's as well."""
+    points = 31 * torch.rand(1, 9, 2, 32, 32)
+    for width in (channels, channels - 16):
+        maps = torch.rand(1, width, 48, 48).contiguous(memory_format=torch.channels_last)
+        grad = torch.ones(1, 9 * width, 32, 32)
+        backward = torch.ops.d2_decouple._point_gather_backward
+        for gradient in backward(grad, maps, points, 1, False, [True, True]):
+            assert gradient.untyped_storage().nbytes() == gradient.nbytes
