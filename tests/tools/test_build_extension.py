@@ -73,7 +73,7 @@ def test_nvcc_of_the_path(
     assert tool._find_toolkit(TORCH)[0] == (machine / "cuda-13.0", "13.0")
     result = tool.build("auto")
     assert compiled == ["cuda"]
-    assert (result.record["cuda"], result.record["architectures"]) == ("13.0", "8.0;9.0+PTX")
+    assert (result.record["cuda"], result.record["architectures"]) == ("13.0", "7.5;8.0;9.0+PTX")
     assert result.record["missing"] == ""
     assert str(result).startswith("operators for the CPU and CUDA 13.0 (8.0;9.0+PTX) were")
 
