@@ -75,7 +75,7 @@ def test_nvcc_of_the_path(
     assert compiled == ["cuda"]
     assert (result.record["cuda"], result.record["architectures"]) == ("13.0", "7.5;8.0;9.0+PTX")
     assert result.record["missing"] == ""
-    assert str(result).startswith("operators for the CPU and CUDA 13.0 (8.0;9.0+PTX) were")
+    assert str(result).startswith("operators for the CPU and CUDA 13.0 (7.5;8.0;9.0+PTX) were")
 
 
 def test_gpus_are_chosen_by_a_variable(
