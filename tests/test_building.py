@@ -43,6 +43,10 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy_checkout(tmp_path / "tree")
 
 
+def header_of(wheel: zipfile.ZipFile) -> bytes:
+    return wheel.read(f"d2_decouple-{__version__}.dist-info/WHEEL")
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A wheel with operators that was built from the source archive, and the unpacked archive."""
@@ -86,9 +90,7 @@ def test_wheel_with_operators_is_for_one_platform(built: tuple[Path, Path], tmp_
     assert record["cuda"] is None
     assert "no CUDA: there is no source in csrc/cuda" in record["missing"]
     with zipfile.ZipFile(wheel) as archive:
-        assert b"Root-Is-Purelib: false" in archive.read(
-            f"d2_decouple-{__version__}.dist-info/WHEEL"
-        )
+        assert b"Root-Is-Purelib: false" in header_of(archive)
         archive.extractall(tmp_path / "site")
     code = (
         f"{STATUS}\nimport torch, d2_decouple\nprint(d2_decouple.__file__)\n"
@@ -147,9 +149,7 @@ def test_broken_compiler_leaves_a_working_package(tree: Path, tmp_path: Path) ->
     assert (done.stdout + done.stderr).count(reason) == 1
     assert f"d2-decouple: no operators were compiled: {reason}. Name another one" in done.stderr
     with zipfile.ZipFile(tree.parent / "wheel" / PURE) as archive:
-        assert b"Root-Is-Purelib: true" in archive.read(
-            f"d2_decouple-{__version__}.dist-info/WHEEL"
-        )
+        assert b"Root-Is-Purelib: true" in header_of(archive)
         archive.extractall(tmp_path / "site")
     code = (
         f"{STATUS}\nimport torch\n"

@@ -111,9 +111,8 @@ void forward_rows(const Sizes& size, const Map* input, const Points<Real>& point
   Place next(size, begin);
   const auto look_up = [&](int64_t slot) {
     const Map* group = input + next.image * size.cells() * depth;
-    const Real* x = points.at(next);
-    for (int64_t row = slot; row < slot + count; row += 4, x += points.point) {
-      const Corners<Real> cells(size, x, x + points.axis);
+    for (int64_t row = slot; row < slot + count; row += 4) {
+      const Corners<Real> cells(size, points, next, (row - slot) / 4);
       for (int k = 0; k < 4; ++k) {
         const bool outside = cells.offsets[k] < 0;
         rows[row + k] = outside ? nothing.data() : group + cells.offsets[k] * depth;
@@ -179,8 +178,7 @@ void backward_rows(const Sizes& size, const Block& block, const Gradients<Map, R
   Corners<Real> ring[ahead];
   Visit now(size, block), next = now;
   const auto look_up = [&](Corners<Real>& cells) {
-    const Real* x = points.at(next.place) + next.point * points.point;
-    cells = Corners<Real>(size, x, x + points.axis);
+    cells = Corners<Real>(size, points, next.place, next.point);
     for (const int64_t offset : cells.offsets) {
       if (offset >= 0) {
         prefetch<0>(input + offset * depth, width);
@@ -243,8 +241,7 @@ void forward_planes(const Sizes& size, const Map* input, const Points<Real>& poi
     for (int64_t point = 0; point < size.points; ++point) {
       Place at = place;
       for (int64_t i = 0; i < length; ++i, at.step(size)) {
-        const Real* x = points.at(at) + point * points.point;
-        corners[i] = Corners<Real>(size, x, x + points.axis);
+        corners[i] = Corners<Real>(size, points, at, point);
       }
       if (point == 0 || !size.sum) {
         std::fill(sums.begin(), sums.end(), Real(0));
@@ -305,8 +302,7 @@ void backward_planes(const Sizes& size, const Block& block, const Gradients<Map,
     for (int64_t start = 0; start < locations; start += tile) {
       const int64_t length = std::min(tile, locations - start);
       for (int64_t i = 0; i < length; ++i, place.step(size)) {
-        const Real* x = points.at(place) + point * points.point;
-        corners[i] = Corners<Real>(size, x, x + points.axis);
+        corners[i] = Corners<Real>(size, points, place, point);
       }
       Real* result = to.grad_points(size, block, point) + start;
       for (int64_t low = block.low; low < block.high; low += to.part_width) {

@@ -63,8 +63,8 @@ struct Points {
         row(points.stride(3)),
         column(points.stride(4)) {}
 
-  const Real* at(const Place& place) const {
-    return data + place.image * image + place.row * row + place.column * column;
+  const Real* at(const Place& place, int64_t number) const {
+    return data + place.image * image + place.row * row + place.column * column + number * point;
   }
 };
 
@@ -76,8 +76,9 @@ struct Corners {
   Bilinear<Real> point{};
 
   Corners() = default;
-  Corners(const Sizes& size, const Real* x, const Real* y) {
-    if (locate(*x, *y, size.width, size.height, point)) {
+  Corners(const Sizes& size, const Points<Real>& points, const Place& place, int64_t number) {
+    const Real* x = points.at(place, number);
+    if (locate(x[0], x[points.axis], size.width, size.height, point)) {
       const int64_t first = point.y * size.width + point.x;
       for (int k = 0; k < 4; ++k) {
         offsets[k] = point.in(k) ? first + k / 2 * size.width + k % 2 : -1;
