@@ -26,13 +26,13 @@ import torch
 from tabulate import tabulate
 
 from . import extension
-from .benchmarks import fcos, gather
+from .benchmarks import fcos, gather, pdnet
 from .benchmarks.row import Row, Step
 from .config import nearest
 
 __all__ = ["ROWS", "Row", "main"]
 
-ROWS: dict[str, Row] = {**fcos.ROWS, **gather.ROWS}
+ROWS: dict[str, Row] = {**fcos.ROWS, **pdnet.ROWS, **gather.ROWS}
 
 
 def _seconds(step: Step) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from detectron2.config import instantiate
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.models.detection import FCOS as TorchvisionFCOS
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -15,38 +14,23 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ..config import get_config
 from ..engine.predictor import Predictor
+from .detectors import CLASSES, PLANTED, ground_truth, image, inference, plant, train_step, training
 from .row import Row, Step
 
 __all__ = ["ROWS"]
 
 _SIZE = (800, 1216)
-_CLASSES = 80
-_PLANTED = 4  # classes that every location predicts: about 1,000 candidates a level
 _FCOS_SETTING = (
-    f"R-50-FPN, stride in 3x3, {_CLASSES} classes, one {_SIZE[0]}x{_SIZE[1]} image, fp32, "
-    f"threshold 0.2, {_PLANTED} planted classes, boxes of 4 strides, 20 ground-truth boxes"
+    f"R-50-FPN, stride in 3x3, {CLASSES} classes, one {_SIZE[0]}x{_SIZE[1]} image, fp32, "
+    f"threshold 0.2, {PLANTED} planted classes, boxes of 4 strides, 20 ground-truth boxes"
 )
 
 
-def _plant(cls_score: Any, bbox_pred: Any) -> None:
+def _plant(class_bias: torch.Tensor, box_bias: torch.Tensor) -> None:
     """Make random weights propose: some classes everywhere, boxes that overlap."""
+    plant(class_bias)
     with torch.no_grad():
-        cls_score.bias[:_PLANTED] = 1.0
-        bbox_pred.bias[:] = 2.0
-
-
-def _image() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, *_SIZE), generator=generator, dtype=torch.uint8)
-
-
-def _ground_truth() -> tuple[torch.Tensor, torch.Tensor]:
-    """20 boxes of 16 to 512 pixels (xyxy) and their classes."""
-    generator = torch.Generator().manual_seed(1)
-    height, width = _SIZE
-    side = 2 ** (4 + 5 * torch.rand(20, 2, generator=generator))
-    corner = torch.rand(20, 2, generator=generator) * (torch.tensor([width, height]) - side)
-    return torch.cat((corner, corner + side), 1), torch.arange(20)
+        box_bias[:] = 2.0
 
 
 def _our_fcos() -> nn.Module:
@@ -54,7 +38,7 @@ def _our_fcos() -> nn.Module:
     recipe = get_config("fcos_R_50_FPN_1x_d2")
     recipe.model.backbone.bottom_up.stages.stride_in_1x1 = False  # as torchvision's
     model = instantiate(recipe.model)
-    _plant(model.head.cls_score, model.head.predictor.bbox_pred)
+    _plant(model.head.cls_score.bias, model.head.predictor.bbox_pred.bias)
     return model
 
 
@@ -67,8 +51,8 @@ def _torchvision_fcos() -> nn.Module:
         returned_layers=[2, 3, 4],
         extra_blocks=LastLevelP6P7(256, 256),
     )
-    model = TorchvisionFCOS(backbone, num_classes=_CLASSES)
-    _plant(model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg)
+    model = TorchvisionFCOS(backbone, num_classes=CLASSES)
+    _plant(model.head.classification_head.cls_logits.bias, model.head.regression_head.bbox_reg.bias)
     return model
 
 
@@ -76,69 +60,38 @@ def _torchvision_channels_last() -> nn.Module:
     return _torchvision_fcos().to(memory_format=torch.channels_last)
 
 
-def _our_inference(build: Callable[[], nn.Module]) -> Step:
-    model = build().eval()
-    inputs = [{"image": _image(), "height": _SIZE[0], "width": _SIZE[1]}]
-
-    def step() -> Any:
-        with torch.no_grad():
-            return model(inputs)
-
-    return step
-
-
 def _our_predictor(precision: str) -> Step:
     predictor = Predictor(
         _our_fcos(),
         augmentations=[ResizeShortestEdge(min(_SIZE), max(_SIZE))],
-        classes=[str(index) for index in range(_CLASSES)],
+        classes=[str(index) for index in range(CLASSES)],
         device="cpu",
         precision=precision,
     )
-    array = _image().permute(1, 2, 0).contiguous().numpy()
+    array = image(_SIZE).permute(1, 2, 0).contiguous().numpy()
     return lambda: predictor(array)
 
 
 def _torchvision_inference(build: Callable[[], nn.Module]) -> Step:
-    model, image = build().eval(), _image() / 255
+    model, picture = build().eval(), image(_SIZE) / 255
 
     def step() -> Any:
         with torch.no_grad():
-            return model([image])
+            return model([picture])
 
     return step
-
-
-def _training(model: nn.Module, losses: Callable[[], dict[str, torch.Tensor]]) -> Step:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        torch.stack(list(losses().values())).sum().backward()
-        optimizer.step()
-
-    return step
-
-
-def _our_training(build: Callable[[], nn.Module]) -> Step:
-    model = build().train()
-    boxes, classes = _ground_truth()
-    truth = Instances(_SIZE, gt_boxes=Boxes(boxes), gt_classes=classes)
-    inputs = [{"image": _image(), "instances": truth}]
-    return _training(model, lambda: model(inputs))
 
 
 def _torchvision_training(build: Callable[[], nn.Module]) -> Step:
-    model, image = build().train(), _image() / 255
-    boxes, classes = _ground_truth()
-    return _training(model, lambda: model([image], [{"boxes": boxes, "labels": classes}]))
+    model, picture = build().train(), image(_SIZE) / 255
+    boxes, classes = ground_truth(_SIZE)
+    return train_step(model, lambda: model([picture], [{"boxes": boxes, "labels": classes}]))
 
 
 def _fcos_row(ours: Any, reference: Any, other: Callable[[], nn.Module], target: float) -> Row:
     layout = " in channels-last" if other is _torchvision_channels_last else " as shipped"
     return Row(
-        ours=lambda: ours(_our_fcos),
+        ours=lambda: ours(_our_fcos, _SIZE),
         reference=lambda: reference(other),
         reference_name="torchvision FCOS" + layout,
         target=target,
@@ -157,13 +110,13 @@ def _predictor_row(precision: str, target: float) -> Row:
 
 
 ROWS: dict[str, Row] = {
-    "fcos_inference": _fcos_row(_our_inference, _torchvision_inference, _torchvision_fcos, 0.75),
-    "fcos_train_step": _fcos_row(_our_training, _torchvision_training, _torchvision_fcos, 0.75),
+    "fcos_inference": _fcos_row(inference, _torchvision_inference, _torchvision_fcos, 0.75),
+    "fcos_train_step": _fcos_row(training, _torchvision_training, _torchvision_fcos, 0.75),
     "fcos_inference_channels_last": _fcos_row(
-        _our_inference, _torchvision_inference, _torchvision_channels_last, 1.0
+        inference, _torchvision_inference, _torchvision_channels_last, 1.0
     ),
     "fcos_train_step_channels_last": _fcos_row(
-        _our_training, _torchvision_training, _torchvision_channels_last, 1.0
+        training, _torchvision_training, _torchvision_channels_last, 1.0
     ),
     "fcos_predictor": _predictor_row("float32", 0.70),
     "fcos_predictor_bfloat16": _predictor_row("bfloat16", 0.45),

@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["generalized_iou_loss", "loss_normalizer", "sigmoid_focal_loss"]
 
 _MIN_AREA = 1e-6  # floor of unions and enclosing areas, in the boxes' unit squared
+_SMOOTH_HULL = 1e-7  # what a smoothed enclosing area has beside its own, in shares of smoothing
 
 
 def sigmoid_focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -42,12 +43,15 @@ def sigmoid_focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: floa
     return -weights * (gamma * F.logsigmoid(signed)).exp() * F.logsigmoid(-signed)
 
 
-def generalized_iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+def generalized_iou_loss(boxes: Tensor, gt_boxes: Tensor, smoothing: float = 0.0) -> Tensor:
     """``1 - GIoU`` (Rezatofighi et al. 2019) of boxes paired one to one.
 
     Args:
         boxes: (..., 4) xyxy, any unit. A box with x2 < x1 or y2 < y1 costs 1, without gradient.
         gt_boxes: (..., 4) xyxy in the same unit.
+        smoothing: an area, in the boxes' unit squared, that overlap and union have in common
+            beside what they are. PDNet's is one pixel: small boxes cost less, and two without
+            any area, at the same place, cost 1.
 
     Returns:
         (...) losses in [0, 2].
@@ -59,8 +63,13 @@ def generalized_iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     overlap = _area((torch.minimum(high, gt_high) - torch.maximum(low, gt_low)).clamp(min=0))
     union = _area(high - low) + _area(gt_high - gt_low) - overlap
     hull = _area(torch.maximum(high, gt_high) - torch.minimum(low, gt_low))
-    union, hull = union.clamp(min=_MIN_AREA), hull.clamp(min=_MIN_AREA)
-    loss = 1 - (overlap / union - (hull - union) / hull)
+    if smoothing:
+        iou = (overlap + smoothing) / (union + smoothing)
+        hull = hull + smoothing * _SMOOTH_HULL
+    else:
+        union, hull = union.clamp(min=_MIN_AREA), hull.clamp(min=_MIN_AREA)
+        iou = overlap / union
+    loss = 1 - (iou - (hull - union) / hull)
     return loss.masked_fill(inverted, 1)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "grid_locations",
     "make_grid",
     "squares",
+    "valid_locations",
 ]
 
 
@@ -120,3 +121,28 @@ def centerness(distances: Tensor) -> Tensor:
     ratio_x = x.amin(-1) / x.amax(-1).clamp(min=tiny)
     ratio_y = y.amin(-1) / y.amax(-1).clamp(min=tiny)
     return (ratio_x * ratio_y).sqrt()
+
+
+def valid_locations(
+    locations: Tensor,
+    strides: Tensor,
+    image_sizes: Sequence[tuple[int, int]],
+    size_divisor: int,
+) -> Tensor:
+    """(N, R) mask of the locations whose cell begins inside their own image.
+
+    An image's own size is rounded up to a multiple of ``size_divisor``; what lies beyond is there
+    only because another image of the batch is larger.
+
+    Args:
+        locations: (R, 2) pixels (x, y) of the padded input; any offset inside a cell.
+        strides: (R,) pixels per cell.
+        image_sizes: (H, W) of each image before padding.
+        size_divisor: pixels.
+    """
+    sizes = torch.tensor([(width, height) for height, width in image_sizes])
+    padded = (sizes + size_divisor - 1) // size_divisor * size_divisor
+    padded = padded.to(locations.device, non_blocking=True)
+    strides = strides[:, None]
+    corners = (locations / strides).floor() * strides
+    return (corners < padded[:, None].to(corners.dtype)).all(-1)

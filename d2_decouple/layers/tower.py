@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from detectron2.layers import get_norm
 from torch import nn
 
-__all__ = ["conv_tower", "init_conv"]
+__all__ = ["bias_free_tower", "conv_tower", "init_conv"]
 
 
 def init_conv(module: nn.Module, *, std: float = 0.01, bias: float = 0.0) -> None:
@@ -46,3 +46,13 @@ def conv_tower(
     tower = nn.Sequential(*parts)
     init_conv(tower)
     return tower
+
+
+def bias_free_tower(
+    *,
+    in_channels: int,
+    conv_dims: Sequence[int],
+    norm: str | Callable[[int], nn.Module] = "GN",
+) -> nn.Sequential:
+    """:func:`conv_tower` whose convolutions have no bias: the norm behind each brings one."""
+    return conv_tower(in_channels=in_channels, conv_dims=conv_dims, norm=norm, bias=False)

@@ -3,8 +3,16 @@
 
 from .augmented import TestTimeAugmentation
 from .detector import OneStageDetector
+from .dynamic_points import (
+    BoundaryPoints,
+    EdgeMidpoints,
+    GridOffsetPoints,
+    GridPoints,
+    SemanticPoints,
+)
 from .fcos import FCOSAssigner, FCOSPredictor, unit_weight
 from .head import ClassPredictor, DenseHead, SharedContext
+from .pdnet import PDNetAssigner, PDNetPredictor
 from .pyramid import FPN, FoldedConv2d, fold_frozen_norms
 from .selection import (
     BestLocations,
@@ -16,34 +24,44 @@ from .selection import (
     SoftNMS,
     class_score,
     clip_to_image,
+    coarse_boxes,
     geometric_mean_score,
     predicted_boxes,
     product_score,
 )
-from .terms import FocalTerm, GIoUTerm, QualityTerm, loss_terms, main_targets
+from .terms import FocalTerm, GIoUTerm, QualityTerm, coarse_targets, loss_terms, main_targets
 
 __all__ = [
     "FPN",
     "BestLocations",
     "BestPairs",
+    "BoundaryPoints",
     "ClassPredictor",
     "DenseHead",
+    "EdgeMidpoints",
     "FCOSAssigner",
     "FCOSPredictor",
     "FocalTerm",
     "FoldedConv2d",
     "GIoUTerm",
     "GaussianDecay",
+    "GridOffsetPoints",
+    "GridPoints",
     "HardNMS",
     "LinearDecay",
     "OneStageDetector",
+    "PDNetAssigner",
+    "PDNetPredictor",
     "QualityTerm",
     "Selection",
+    "SemanticPoints",
     "SharedContext",
     "SoftNMS",
     "TestTimeAugmentation",
     "class_score",
     "clip_to_image",
+    "coarse_boxes",
+    "coarse_targets",
     "fold_frozen_norms",
     "geometric_mean_score",
     "loss_terms",

@@ -8,8 +8,6 @@ only.
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +32,7 @@ from ..structures import (
     stack_ground_truth,
 )
 from .head import flatten_maps, map_size
+from .matching import index_in_image, matched_truth, read_levels
 
 __all__ = ["FCOSAssigner", "FCOSPredictor", "unit_weight"]
 
@@ -143,9 +142,7 @@ class FCOSAssigner(nn.Module):
         truth = stack_ground_truth(gt_instances)
         sizes = [map_size(x) for x in features]
         matched = self._match(truth, predictions, sizes, len(gt_instances))
-        labels = F.pad(truth.classes, (0, 1), value=self.num_classes)[matched]
-        boxes = F.pad(truth.boxes, (0, 0, 0, 1))[matched]
-        boxes = boxes.to(predictions.boxes.dtype)
+        labels, boxes = matched_truth(matched, truth, self.num_classes, predictions.boxes.dtype)
         distances = boxes_to_distances(predictions.locations, boxes)
         positive = foreground(labels, self.num_classes)
         box_weights = torch.where(positive, self.box_weight(distances), 0)
@@ -157,7 +154,7 @@ class FCOSAssigner(nn.Module):
             quality=torch.where(positive, centerness(distances), 0),
             cls_normalizer=loss_normalizer(positive.sum().to(boxes.dtype)),
             box_normalizer=loss_normalizer(box_weights.sum()),
-            extras={"gt_index": _index_in_image(matched, truth)},
+            extras={"gt_index": index_in_image(matched, truth)},
         )
 
     def _match(
@@ -168,7 +165,7 @@ class FCOSAssigner(nn.Module):
         num_images: int,
     ) -> Tensor:
         """(N, R) index of each location's box among all G of the batch, G where there is none."""
-        levels = _levels(predictions, sizes)
+        levels = read_levels(predictions, sizes)
         boxes = truth.boxes.to(predictions.locations.dtype)[:, None, None, :]  # (G, 1, 1, 4)
         middle = (boxes[..., :2] + boxes[..., 2:]) / 2
         cells = _cells_around((middle[:, :, 0] - levels.origin) / levels.stride, self.radius)
@@ -202,34 +199,6 @@ class FCOSAssigner(nn.Module):
         return low, high
 
 
-class _Levels(NamedTuple):
-    origin: Tensor  # (L, 2) pixels (x, y) of the first cell's reference point
-    stride: Tensor  # (L, 1)
-    extent: Tensor  # (L, 2) cells in x and in y
-    start: Tensor  # (L, 1) index of the level's first prediction
-
-
-def _levels(predictions: DensePredictions, sizes: Sequence[tuple[int, int]]) -> _Levels:
-    starts = [0, *accumulate(predictions.level_sizes)]
-    if [height * width for height, width in sizes] != list(predictions.level_sizes):
-        raise ValueError(
-            f"features of {sizes} cells do not fit predictions of {predictions.level_sizes} per "
-            "level; this assigner wants exactly one prediction per cell"
-        )
-    device = predictions.locations.device
-    return _Levels(
-        origin=torch.stack([predictions.locations[start] for start in starts[:-1]]),
-        stride=torch.stack([predictions.strides[start] for start in starts[:-1]])[:, None],
-        extent=_sent([(width, height) for height, width in sizes], device),
-        start=_sent(starts[:-1], device)[:, None],
-    )
-
-
-def _sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Integers as a tensor on the device, without waiting for it."""
-    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
-
-
 def _cells_around(middle: Tensor, radius: float) -> Tensor:
     """(G, L, S, 2) cell indices (x, y) that hold all cells within ``radius`` of (G, L, 2)."""
     count = math.ceil(2 * radius) + 2  # one to spare at either end, against rounding
@@ -250,9 +219,3 @@ def _smallest_claim(index: Tensor, boxes: Tensor, total: int) -> Tensor:
     best = index.new_full((total + 1,), count)
     best.scatter_reduce_(0, index.flatten(), claims.flatten(), "amin")
     return F.pad(by_area, (0, 1), value=count)[best[:total]]
-
-
-def _index_in_image(matched: Tensor, truth: GroundTruth) -> Tensor:
-    first = [0, *accumulate(truth.counts)][:-1]
-    local = matched - _sent(first, matched.device)[:, None]
-    return torch.where(matched == len(truth.boxes), -1, local)

@@ -27,6 +27,7 @@ __all__ = [
     "SoftNMS",
     "class_score",
     "clip_to_image",
+    "coarse_boxes",
     "geometric_mean_score",
     "predicted_boxes",
     "product_score",
@@ -63,6 +64,11 @@ def _quality(predictions: DensePredictions) -> Tensor:
 def predicted_boxes(predictions: DensePredictions) -> Tensor:
     """(N, R, 4) the final boxes of the predictor, xyxy pixels."""
     return predictions.boxes
+
+
+def coarse_boxes(predictions: DensePredictions) -> Tensor:
+    """(N, R, 4) the boxes of a first stage (PDNet, SALT-Net), xyxy pixels."""
+    return predictions.extras["coarse_boxes"]
 
 
 def clip_to_image(boxes: Tensor, size: Size) -> Tensor:
@@ -142,9 +148,12 @@ class HardNMS:
 
     Attributes:
         test_nms_thresh: a box that overlaps a better one of its class by more is dropped.
+        side_offset: what a side of a box has beside x2 - x1: 0 pixels, or 1 where x2 and y2 are
+            the last pixels inside (maskrcnn-benchmark).
     """
 
     test_nms_thresh: float
+    side_offset: float = 0.0
 
     def __call__(self, candidates: Instances) -> Instances:
         """Candidates of one image -> the survivors, best first."""
@@ -152,8 +161,9 @@ class HardNMS:
         # Classes are told apart by shifting each beyond the largest coordinate, which keeps them
         # apart only if no coordinate is negative.
         lowest = torch.cat((boxes.flatten(), boxes.new_zeros(1))).amin()
+        boxes = boxes - lowest + boxes.new_tensor([0, 0, self.side_offset, self.side_offset])
         scores = candidates.scores.float()  # batched_nms makes the boxes float32, too
-        keep = batched_nms(boxes - lowest, scores, candidates.pred_classes, self.test_nms_thresh)
+        keep = batched_nms(boxes, scores, candidates.pred_classes, self.test_nms_thresh)
         return candidates[keep]
 
 

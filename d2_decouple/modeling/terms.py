@@ -15,7 +15,14 @@ from ..layers.losses import generalized_iou_loss, sigmoid_focal_loss
 from ..structures import DensePredictions, DenseTargets, foreground
 from .selection import predicted_boxes
 
-__all__ = ["FocalTerm", "GIoUTerm", "QualityTerm", "loss_terms", "main_targets"]
+__all__ = [
+    "FocalTerm",
+    "GIoUTerm",
+    "QualityTerm",
+    "coarse_targets",
+    "loss_terms",
+    "main_targets",
+]
 
 
 def loss_terms(**terms: Callable[[DensePredictions, DenseTargets], Tensor]) -> dict[str, Any]:
@@ -26,6 +33,11 @@ def loss_terms(**terms: Callable[[DensePredictions, DenseTargets], Tensor]) -> d
 def main_targets(targets: DenseTargets) -> DenseTargets:
     """The label set an assigner answers with, as opposed to a second one in its extras."""
     return targets
+
+
+def coarse_targets(targets: DenseTargets) -> DenseTargets:
+    """The second label set, which coarse boxes learn (PDNet)."""
+    return targets.extras["coarse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +69,14 @@ class GIoUTerm:
         weight: factor on the whole term.
         boxes: which predicted boxes (N, R, 4) are meant.
         targets: which label set they learn.
+        smoothing: area in square pixels that overlap and union have in common beside what they
+            are (:func:`generalized_iou_loss`).
     """
 
     weight: float = 1.0
     boxes: Callable[[DensePredictions], Tensor] = predicted_boxes
     targets: Callable[[DenseTargets], DenseTargets] = main_targets
+    smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("boxes", "targets"):
@@ -74,7 +89,7 @@ class GIoUTerm:
     def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
         """The scalar that is added to the loss."""
         chosen = self.targets(targets)
-        losses = generalized_iou_loss(self.boxes(predictions), chosen.boxes)
+        losses = generalized_iou_loss(self.boxes(predictions), chosen.boxes, self.smoothing)
         return self.weight * (losses * chosen.box_weights).sum() / chosen.box_normalizer
 
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rows about whole detectors share: one image, its ground truth, planted candidates."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from .row import Step
+
+__all__ = [
+    "CLASSES",
+    "PLANTED",
+    "ground_truth",
+    "image",
+    "inference",
+    "plant",
+    "train_step",
+    "training",
+]
+
+Size = tuple[int, int]
+
+CLASSES = 80
+PLANTED = 4  # classes that every location predicts: about 1,000 candidates a level
+
+
+def plant(class_bias: Tensor) -> None:
+    """Make a random network propose: the first classes score high everywhere."""
+    with torch.no_grad():
+        class_bias[:PLANTED] = 1.0
+
+
+def image(size: Size) -> Tensor:
+    """(3, H, W) noise, uint8."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+
+
+def ground_truth(size: Size) -> tuple[Tensor, Tensor]:
+    """20 boxes of 16 to 512 pixels (xyxy) and their classes."""
+    generator = torch.Generator().manual_seed(1)
+    height, width = size
+    side = 2 ** (4 + 5 * torch.rand(20, 2, generator=generator))
+    corner = torch.rand(20, 2, generator=generator) * (torch.tensor([width, height]) - side)
+    return torch.cat((corner, corner + side), 1), torch.arange(20)
+
+
+def inference(build: Callable[[], nn.Module], size: Size) -> Step:
+    """The detections of a detector of Detectron2's kind."""
+    model = build().eval()
+    inputs = [{"image": image(size), "height": size[0], "width": size[1]}]
+
+    def step() -> Any:
+        with torch.no_grad():
+            return model(inputs)
+
+    return step
+
+
+def train_step(model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> Step:
+    """Forward, backward and an optimizer's step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.stack(list(losses().values())).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def training(build: Callable[[], nn.Module], size: Size) -> Step:
+    """A training step of a detector of Detectron2's kind."""
+    model = build().train()
+    boxes, classes = ground_truth(size)
+    truth = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
+    inputs = [{"image": image(size), "instances": truth}]
+    return train_step(model, lambda: model(inputs))
