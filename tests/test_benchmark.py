@@ -78,6 +78,9 @@ def test_list_names_target_reference_and_setting(capsys):
     for name in ("fcos_inference", "fcos_train_step", "fcos_predictor", "fcos_predictor_bfloat16"):
         assert name in printed
     assert "0.75 x torchvision FCOS as shipped" in printed
+    for name, target in (("pdnet_inference", "1.05"), ("pdnet_train_step", "1.1")):
+        assert name in printed
+        assert f"{target} x our FCOS" in printed
     assert "800x1216" in printed
 
 

@@ -169,6 +169,28 @@ def test_touching_boxes_have_no_overlap() -> None:
     assert gradient.isfinite().all()
 
 
+def test_smoothed_giou_by_hand() -> None:
+    """Boxes of 6 x 4 and 4 x 4 share 2 x 4 = 8: union 32, hull 8 x 4 = 32; then one without area.
+
+    Smoothed by 1 the overlap is 9 / 33. A point on itself has 1 / 1, and its hull is all margin.
+    """
+    boxes = torch.tensor([[0, 0, 6, 4], [5, 5, 5, 5], [5, 5, 5, 5]], dtype=torch.float64)
+    gt_boxes = torch.tensor([[4, 0, 8, 4], [5, 5, 5, 5], [5, 5, 8, 9]], dtype=torch.float64)
+    got = generalized_iou_loss(boxes, gt_boxes, smoothing=1.0)
+    want = torch.tensor([1 - 9 / 33, 1.0, 1 - 1 / 13], dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=0)
+    assert generalized_iou_loss(boxes, gt_boxes)[0].item() == pytest.approx(1 - 8 / 32)
+
+
+def test_smoothed_giou_keeps_inverted_boxes_apart() -> None:
+    boxes = torch.tensor([[8.0, 2.0, 4.0, 9.0]], requires_grad=True)
+    losses = generalized_iou_loss(boxes, torch.tensor([[3.0, 1.0, 9.0, 10.0]]), smoothing=1.0)
+    losses.sum().backward()
+    assert losses.tolist() == [1]
+    assert boxes.grad is not None
+    assert boxes.grad.tolist() == [[0, 0, 0, 0]]
+
+
 def test_giou_does_not_hide_nan() -> None:
     """A prediction that is not a number must stop the training, not count as an inverted box."""
     gt_boxes = torch.tensor([[3.0, 1.0, 9.0, 10.0]])

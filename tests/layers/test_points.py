@@ -15,6 +15,7 @@ from d2_decouple.layers.points import (
     grid_locations,
     make_grid,
     squares,
+    valid_locations,
 )
 
 CPU = torch.device("cpu")
@@ -136,3 +137,22 @@ def test_centerness_is_a_share() -> None:
     x = torch.minimum(left, right) / torch.maximum(left, right)
     y = torch.minimum(top, bottom) / torch.maximum(top, bottom)
     torch.testing.assert_close(values.double(), (x * y).sqrt(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_valid_locations_by_hand(offset: float) -> None:
+    """Images of 40 x 65 and 96 x 96 pixels in a batch of 96 x 96, cells of 16 and of 64 pixels.
+
+    The first counts as 64 x 96 pixels: 4 x 6 cells of 16, and of 64 those at x = 0 and 64, y = 0.
+    """
+    sizes = [(6, 6), (2, 2)]
+    grid = make_grid(sizes, [16, 64], offset, device=torch.device("cpu"), dtype=torch.float32)
+    valid = valid_locations(grid.locations, grid.strides, [(40, 65), (96, 96)], 32)
+    fine = torch.zeros(6, 6, dtype=torch.bool)
+    fine[:4] = True
+    coarse = torch.tensor([[True, True], [False, False]])
+    assert torch.equal(valid[0], torch.cat((fine.flatten(), coarse.flatten())))
+    assert valid[1].all()
+    exact = valid_locations(grid.locations, grid.strides, [(40, 65), (96, 96)], 1)
+    fine[3:], fine[:, 5:] = False, False
+    assert torch.equal(exact[0, :36].view(6, 6), fine)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2_decouple.layers.tower import conv_tower, init_conv
+from d2_decouple.layers.tower import bias_free_tower, conv_tower, init_conv
 
 
 def names(tower: nn.Module) -> list[str]:
@@ -73,3 +73,12 @@ def test_every_parameter_learns() -> None:
     tower = conv_tower(in_channels=8, conv_dims=[32, 32], norm="GN")
     tower(torch.randn(2, 8, 4, 4)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.parameters())
+
+
+def test_bias_free_tower() -> None:
+    """As the other, convolution for convolution, without biases; the norm has one."""
+    tower = bias_free_tower(in_channels=8, conv_dims=[32, 64], norm="GN")
+    with_bias = names(conv_tower(in_channels=8, conv_dims=[32, 64], norm="GN"))
+    assert names(tower) == [name for name in with_bias if name not in ("0.bias", "3.bias")]
+    assert "1.bias" in names(tower)
+    assert tower(torch.randn(1, 8, 3, 5)).shape == (1, 64, 3, 5)

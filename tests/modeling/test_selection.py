@@ -172,6 +172,15 @@ def test_nms_does_not_mix_classes_of_boxes_outside_the_image() -> None:
     assert HardNMS(test_nms_thresh=0.6)(candidates).location_index.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(("side_offset", "kept"), [(0.0, 2), (1.0, 1)])
+def test_nms_of_boxes_whose_ends_are_their_last_pixels(side_offset: float, kept: int) -> None:
+    """[0, 3] and [1, 4] share 2 of 4 as lengths, but 3 of 5 as pixels."""
+    candidates = candidates_of([[0, 0, 3, 3], [1, 0, 4, 3]], [0.9, 0.8], [0, 0])
+    found = HardNMS(test_nms_thresh=0.55, side_offset=side_offset)(candidates)
+    assert len(found) == kept
+    assert found.pred_boxes.tensor[0].tolist() == [0, 0, 3, 3]  # as it was given
+
+
 def make_selection(**changes: Any) -> Selection:
     arguments: dict[str, Any] = {
         "score": class_score,
