@@ -58,6 +58,11 @@ ROWS = (
         recipe="fcos_R_18_FPN_bccd",
         hosts=("retinanet_R_18_FPN_bccd_d2", "fcos_R_18_FPN_bccd_d2"),
     ),
+    Row(recipe="pdnet_R_18_FPN_bccd_off", hosts=("fcos_R_18_FPN_bccd",)),
+    *(
+        Row(recipe=recipe, hosts=("fcos_R_18_FPN_bccd", "pdnet_R_18_FPN_bccd_off"))
+        for recipe in ("pdnet_R_18_FPN_bccd_cls", "pdnet_R_18_FPN_bccd_box", "pdnet_R_18_FPN_bccd")
+    ),
 )
 
 
