@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from ..structures import DensePredictions
 
@@ -158,11 +158,12 @@ class HardNMS:
     def __call__(self, candidates: Instances) -> Instances:
         """Candidates of one image -> the survivors, best first."""
         boxes = candidates.pred_boxes.tensor
-        # Classes are told apart by shifting each beyond the largest coordinate, which keeps them
-        # apart only if no coordinate is negative.
+        # Classes are told apart by shifting each beyond the largest coordinate. That takes digits,
+        # hence float64 (which MPS has not), and keeps them apart only above zero.
+        exact = torch.float32 if boxes.device.type == "mps" else torch.float64
+        boxes, scores = boxes.to(exact), candidates.scores.to(exact)
         lowest = torch.cat((boxes.flatten(), boxes.new_zeros(1))).amin()
         boxes = boxes - lowest + boxes.new_tensor([0, 0, self.side_offset, self.side_offset])
-        scores = candidates.scores.float()  # batched_nms makes the boxes float32, too
         keep = batched_nms(boxes, scores, candidates.pred_classes, self.test_nms_thresh)
         return candidates[keep]
 

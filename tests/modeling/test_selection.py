@@ -172,6 +172,18 @@ def test_nms_does_not_mix_classes_of_boxes_outside_the_image() -> None:
     assert HardNMS(test_nms_thresh=0.6)(candidates).location_index.tolist() == [1, 0]
 
 
+def test_nms_is_as_exact_for_the_last_class_as_for_the_first() -> None:
+    """[0, 3] and [d, 3 + d] overlap by (3 - d) / (3 + d): 0.6 at d = 3 / 4, less a little beyond.
+
+    Far to the right, and shifted once more for class 79, float32 has steps of a hundredth.
+    """
+    for label in (0, 79):
+        for shift, kept in ((0.7495, 1), (0.7505, 2)):
+            boxes = [[1340.0, 0, 1343.0, 3], [1340.0 + shift, 0, 1343.0 + shift, 3]]
+            candidates = candidates_of(boxes, [0.9, 0.8], [label, label])
+            assert len(HardNMS(test_nms_thresh=0.6)(candidates)) == kept
+
+
 @pytest.mark.parametrize(("side_offset", "kept"), [(0.0, 2), (1.0, 1)])
 def test_nms_of_boxes_whose_ends_are_their_last_pixels(side_offset: float, kept: int) -> None:
     """[0, 3] and [1, 4] share 2 of 4 as lengths, but 3 of 5 as pixels."""
