@@ -2,7 +2,6 @@
 """``python -m d2_decouple.demo``: detections drawn on images and videos of your own."""
 
 import argparse
-import glob
 import json
 import os
 import sys
@@ -18,21 +17,26 @@ import numpy as np
 from detectron2.structures import Instances
 from PIL import Image
 
-from .config import ConfigError
 from .data.images import ImageError, read_rgb
-from .data.records import visible
 from .data.videos import VideoError, VideoReader, VideoWriter
+from .demo_files import (
+    DETECTIONS,
+    POINTS,
+    check_for_points,
+    input_files,
+    is_video,
+    result_files,
+    suffixed,
+)
 from .engine import EXPECTED_ERRORS
+from .engine.points import DetectionPoints
 from .engine.predictor import Predictor
-from .visualization import class_colors, draw_boxes
+from .visualization import class_colors, draw_boxes, draw_points
 
 __all__ = ["main"]
 
-_IMAGES = {*(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")}
-_VIDEOS = {*(".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")}
 _SIDES = (640, 2000)  # pixels: the longer side of a drawn picture; lines and text keep their size
 _QUALITY = 92
-_DETECTIONS = "detections.json"
 _EPILOG = f"""
 examples:
   python -m d2_decouple.demo --config-file fcos_R_18_FPN_bccd --weights output/model_final.pth \\
@@ -41,11 +45,16 @@ examples:
       --input FOLDER --output detections --json --score-thresh 0.5 --precision bfloat16
   python -m d2_decouple.demo --config-file fcos_R_50_FPN_1x --weights FILE \\
       --input film.mp4 --output detections --every 5 --max-frames 100 --json
+  python -m d2_decouple.demo --config-file pdnet_R_50_FPN_1x --weights FILE \\
+      --input photo.jpg --output detections --show-points 4
 
 Of a folder the images and videos that lie directly in it are taken; name others by a pattern, as
 in "FOLDER/**/*.jpg". The output folder gets NAME.jpg for an image (its longer side {_SIDES[0]} to
-{_SIDES[1]} pixels) and NAME.mp4 for a video; with --json also {_DETECTIONS} for all images and
+{_SIDES[1]} pixels) and NAME.mp4 for a video; with --json also {DETECTIONS} for all images and
 NAME.jsonl for each video, one line a frame, with boxes [x1, y1, x2, y2] in pixels of the original.
+With --show-points, for images and for models with points (PDNet), NAME{POINTS}.jpg shows where the
+strongest detections were read: coarse box, a point for each side of the box with the pyramid levels
+that its value came from, and the points of the class. With --json they are in {DETECTIONS}, too.
 Files that cannot be read are reported and skipped, and make the exit status 1.
 """
 
@@ -61,6 +70,7 @@ class _Run:
     total: int
     images: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, str]] = field(default_factory=list)
+    levels: dict[str, int] = field(default_factory=dict)  # name -> stride, once points are read
     done: int = 0
 
     def say(self, source: Path, message: str) -> None:
@@ -101,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add("--score-thresh", type=_share, default=0.3, help="show detections above it (%(default)s)")
     add("--json", action="store_true", help="write the detections as JSON, too")
+    about = "draw where the N strongest detections (4) of each image were read, too"
+    add("--show-points", nargs="?", const=4, type=_positive, metavar="N", help=about)
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add("--precision", default="float32", help="float32, bfloat16, or on a GPU float16")
     add("--batch-size", type=_positive, default=1, help="images computed together (%(default)s)")
@@ -126,9 +138,11 @@ def _share(text: str) -> float:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    sources = _sources(args.input)
+    sources = input_files(args.input)
     output = Path(args.output)
-    targets = _targets(sources, output, with_json=args.json)
+    if args.show_points:
+        check_for_points(sources, tta=args.tta)
+    targets = result_files(sources, output, with_json=args.json, with_points=bool(args.show_points))
     predictor = Predictor.from_config(
         args.config_file,
         args.weights,
@@ -148,95 +162,18 @@ def _demo(args: argparse.Namespace) -> int:
     run = _Run(predictor=predictor, args=args, total=len(sources))
     start = time.perf_counter()
     try:
-        _images([pair for pair in targets if not _is_video(pair[0])], run)
+        _images([pair for pair in targets if not is_video(pair[0])], run)
         for source, target in targets:
-            if _is_video(source):
+            if is_video(source):
                 _video(source, target, run)
     finally:  # also of a run that was interrupted
-        if args.json:
-            _write_json(output / _DETECTIONS, run)
+        if args.json and run.done:
+            _write_json(output / DETECTIONS, run)
     print(
         f"{run.total - len(run.faults)} of {run.total} files in {time.perf_counter() - start:.1f} "
         f"s; results in {output}" + (f"; {len(run.faults)} skipped" if run.faults else "")
     )
     return 1 if run.faults else 0
-
-
-def _sources(inputs: Sequence[str]) -> list[Path]:
-    """The files that the inputs mean, each once, in their order.
-
-    Raises:
-        ConfigError: one of them means no file.
-    """
-    found: dict[Path, Path] = {}
-    for text in inputs:
-        path = Path(text)
-        files = [path] if path.is_file() else [Path(x) for x in glob.glob(text, recursive=True)]
-        if path.is_dir():
-            files = visible(x for x in path.iterdir() if x.suffix.lower() in _IMAGES | _VIDEOS)
-        # A link that leads nowhere stays: it is reported like any other file that cannot be read.
-        files = sorted(file for file in files if file.is_file() or not file.exists())
-        if not files:
-            kinds = ", ".join(sorted(_IMAGES | _VIDEOS))
-            raise ConfigError(
-                f"--input {text}: "
-                + (
-                    f"no image or video lies directly in this folder (looked for {kinds})"
-                    if path.is_dir()
-                    else "there is no such file or folder, and no file fits it as a pattern"
-                )
-            )
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
-
-
-def _targets(sources: Sequence[Path], output: Path, *, with_json: bool) -> list[tuple[Path, Path]]:
-    """For each source the file it is drawn to, without its suffix; no two are the same.
-
-    Raises:
-        ConfigError: the folder is a file, or pictures beside an input could replace others.
-    """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file; type the name of a folder")
-    taken: set[str] = set()
-    targets = []
-    for source in sources:
-        name, number = source.stem, 1
-        while name.lower() in taken:  # some file systems do not tell A from a
-            number += 1
-            name = f"{source.stem}-{number}"
-        taken.add(name.lower())
-        targets.append((source, output / name))
-    inputs = {source.resolve() for source in sources}
-    written = [output / _DETECTIONS] if with_json else []
-    for source, target in targets:
-        suffixes = [".mp4", ".avi"] if _is_video(source) else [".jpg"]
-        suffixes += [".jsonl"] if with_json and _is_video(source) else []
-        written += [_suffixed(target, suffix) for suffix in suffixes]
-    for file in written:
-        if file.resolve() in inputs:
-            raise ConfigError(
-                f"the result {file} would replace an input; type --output with another folder"
-            )
-    old = [file.name for file in written if file.is_file()]
-    listed = ", ".join(old[:5]) + (", ..." if old[5:] else "")
-    if old and output.resolve() in {source.parent.resolve() for source in sources}:
-        raise ConfigError(
-            f"{output} is a folder of inputs, and {listed} there would be replaced; type --output "
-            "with another folder"
-        )
-    if old:
-        print(f"to be replaced in {output}: {listed}")
-    return targets
-
-
-def _suffixed(target: Path, suffix: str) -> Path:
-    return target.with_name(target.name + suffix)  # the name may have dots of its own
-
-
-def _is_video(source: Path) -> bool:
-    return source.suffix.lower() in _VIDEOS
 
 
 def _images(pairs: Sequence[tuple[Path, Path]], run: _Run) -> None:
@@ -248,31 +185,50 @@ def _images(pairs: Sequence[tuple[Path, Path]], run: _Run) -> None:
                 read.append((source, target, read_rgb(source)))
             except ImageError as error:
                 run.report(source, error)
-        results = run.predictor([image for *_, image in read])
+        images = [image for *_, image in read]
+        if run.args.show_points:  # the detections are the same, of the same forward
+            seen = [run.predictor.points(image) for image in images]
+            results = [points.instances for points in seen]
+        else:
+            seen, results = [], run.predictor(images)
         milliseconds = 1000 * (time.perf_counter() - start) / len(batch)
-        for (source, target, image), found in zip(read, results, strict=True):
+        for index, ((source, target, image), found) in enumerate(zip(read, results, strict=True)):
             low, high = _SIDES
             longest = max(image.shape[:2])
             scale = min(max(longest, low), high) / longest
-            picture = _suffixed(target, ".jpg")
+            picture = suffixed(target, ".jpg")
             drawn = _drawn(image, found, run.predictor, scale)
             Image.fromarray(drawn).save(picture, quality=_QUALITY)
-            run.images.append(
-                {
-                    "file_name": str(source),
-                    "width": image.shape[1],
-                    "height": image.shape[0],
-                    "picture": picture.name,
-                    "detections": _as_json(found, run.predictor),
-                }
-            )
+            record = {
+                "file_name": str(source),
+                "width": image.shape[1],
+                "height": image.shape[0],
+                "picture": picture.name,
+                "detections": _as_json(found, run.predictor),
+            }
+            if seen:
+                _add_points(record, image, seen[index], target, run)
+            run.images.append(record)
             summary = _summary(found, run.predictor)
             run.say(source, f"{summary}, {milliseconds:.0f} ms -> {picture}")
 
 
+def _add_points(
+    record: dict[str, Any], image: np.ndarray, seen: DetectionPoints, target: Path, run: _Run
+) -> None:
+    """Draw the points of an image, and write them behind its detections."""
+    picture = suffixed(target, f"{POINTS}.jpg")
+    drawn = draw_points(image, seen, run.predictor.classes, limit=run.args.show_points)
+    Image.fromarray(drawn).save(picture, quality=_QUALITY, subsampling=0)  # thin coloured lines
+    record["points_picture"] = picture.name
+    for detection, points in zip(record["detections"], seen.as_records(), strict=True):
+        detection["points"] = points
+    run.levels = dict(zip(seen.level_names, seen.strides, strict=True))
+
+
 def _video(source: Path, target: Path, run: _Run) -> None:
     start, frames, objects = time.perf_counter(), 0, 0
-    lines = _suffixed(target, ".jsonl") if run.args.json else None
+    lines = suffixed(target, ".jsonl") if run.args.json else None
     try:
         with (
             VideoReader(source, every=run.args.every) as video,
@@ -344,6 +300,7 @@ def _write_json(file: Path, run: _Run) -> None:
     content = {
         "classes": list(run.predictor.classes),
         "score_thresh": run.args.score_thresh,
+        **({"levels": run.levels} if run.levels else {}),
         "images": run.images,
         "skipped": run.faults,
     }

@@ -35,8 +35,9 @@ class DensePredictions(NamedTuple):
         strides: (R,) stride of each prediction's level, in pixels.
         priors: (R, 4) the square or the anchor each prediction is measured against, xyxy pixels.
         level_sizes: predictions of each level, finest first; they add up to R.
-        extras: what only one method knows: coarse boxes (N, R, 4) in pixels, distribution logits,
-            points as (N, R, P, 2) pixels, ...
+        extras: what only one method knows: distribution logits, weights of levels, ... Entries
+            named ``*boxes`` (N, R, 4) and ``*points`` (N, R, P, 2) are pixels of the padded input;
+            what is drawn is found by these names.
     """
 
     logits: Tensor

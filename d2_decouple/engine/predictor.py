@@ -22,6 +22,7 @@ from ..data.images import ChannelOrder, as_rgb, read_rgb
 from ..modeling import OneStageDetector, TestTimeAugmentation
 from ..modeling.folding import cast_weights, fold_batch_norms
 from .inference_config import inference_config
+from .points import DetectionPoints, kept_predictions, points_of
 
 __all__ = ["Predictor"]
 
@@ -193,6 +194,35 @@ class Predictor:
         while batch := [self._input(image) for image in islice(remaining, self._batch_size)]:
             results += self._detect(batch)
         return results
+
+    def points(self, image: ImageLike, *, limit: int | None = None) -> DetectionPoints:
+        """Detect objects, and say where each of them was read.
+
+        ::
+
+            seen = predictor.points("photo.jpg", limit=4)
+            seen.instances.boundary_points  # (D, 4, 2), of the left, top, right, bottom side
+            picture = draw_points(rgb, seen, predictor.classes)  # d2_decouple.visualization
+
+        Args:
+            image: one image, as for a call of the predictor.
+            limit: only so many detections, the strongest; by default all.
+
+        Returns:
+            :class:`~d2_decouple.engine.points.DetectionPoints`: the detections that a call of the
+            predictor finds, with their points, coarse boxes and levels, all of one forward.
+
+        Raises:
+            ConfigError: the model has no points, is no one-stage detector, or sees the image
+                several times (test-time augmentation).
+            ImageError: the image cannot be used; the message names it.
+        """
+        if limit is not None and limit < 1:
+            raise ConfigError(f"limit must be a whole number from 1, or None, got {limit}")
+        with kept_predictions(self.model) as kept:
+            item = self._input(image)
+            found = self._detect([item])[0][:limit]
+        return points_of(self.model, kept[0], found, tuple(item["image"].shape[-2:]))
 
     def _input(self, image: ImageLike) -> dict[str, Any]:
         """Detectron2's input dict of an image."""

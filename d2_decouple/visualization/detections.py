@@ -19,7 +19,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from detectron2.structures import Instances
 
-__all__ = ["class_colors", "compare", "draw_boxes"]
+__all__ = ["class_colors", "common_area", "compare", "draw_boxes", "text_font"]
 
 Color: TypeAlias = tuple[int, int, int]
 Rectangle: TypeAlias = tuple[float, float, float, float]
@@ -169,7 +169,8 @@ def _check(
 
 
 @lru_cache(maxsize=8)
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+def text_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The font of all pictures, ``size`` pixels high."""
     # Matplotlib brings this font along, so pictures look the same on every machine.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
@@ -179,7 +180,8 @@ def _area(boxes: np.ndarray) -> np.ndarray:
     return np.prod(np.maximum(boxes[..., 2:] - boxes[..., :2], 0), axis=-1)
 
 
-def _common_area(place: np.ndarray, others: np.ndarray) -> np.ndarray:
+def common_area(place: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(M,) areas that a rectangle (4,) has in common with others (M, 4), xyxy."""
     lower = np.maximum(place[:2], others[:, :2])
     upper = np.minimum(place[2:], others[:, 2:])
     return np.prod(np.maximum(upper - lower, 0), axis=1)
@@ -189,7 +191,7 @@ def _place_labels(
     texts: Sequence[str], boxes: np.ndarray, size: tuple[int, int]
 ) -> list[Rectangle]:
     """A rectangle for each text, as (x1, y1, x2, y2) inside a picture of (width, height)."""
-    font = _font(_TEXT_SIZE)
+    font = text_font(_TEXT_SIZE)
     ascent, descent = font.getmetrics()
     height = ascent + descent + 2
     places = np.zeros((len(texts), 4))
@@ -200,8 +202,8 @@ def _place_labels(
         options = _label_options(boxes[index], width, height, size)
         hidden = np.array(
             [
-                2 * _common_area(option, places[index + 1 :]).sum()
-                + _common_area(option, small).sum()
+                2 * common_area(option, places[index + 1 :]).sum()
+                + common_area(option, small).sum()
                 for option in options
             ]
         )
@@ -228,11 +230,11 @@ def _draw_label(draw: ImageDraw.ImageDraw, text: str, place: Rectangle, color: C
     draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
     brightness = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     ink = _INK if brightness > 150 else _PAPER
-    draw.text((x1 + _PADDING, y1 + 1), text, fill=ink, font=_font(_TEXT_SIZE))
+    draw.text((x1 + _PADDING, y1 + 1), text, fill=ink, font=text_font(_TEXT_SIZE))
 
 
 def _with_title(panel: np.ndarray, title: str) -> np.ndarray:
-    font = _font(_TITLE_SIZE, bold=True)
+    font = text_font(_TITLE_SIZE, bold=True)
     ascent, descent = font.getmetrics()
     strip = Image.new("RGB", (panel.shape[1], ascent + descent + 14), _PAPER)
     ImageDraw.Draw(strip).text((2, 7), title, fill=_INK, font=font)
