@@ -2,11 +2,8 @@
 """Detectron2's checkpointer that never loses a checkpoint and counts what fitted of one."""
 
 import logging
-import os
 import pickle
-import shutil
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import nn
 
 from .backbones import fit_backbone, unwrap
 from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError
+from .files import read_torch_file, reading, write_whole
 from .sources import local_file, read_safetensors
 
 __all__ = ["BEST", "CheckpointError", "Checkpointer", "DamagedCheckpointError"]
@@ -26,22 +24,6 @@ _LAST = "last_checkpoint"
 _CLASS_LAYER = "cls_score"
 _logger = logging.getLogger(__name__)
 _SHOWN = 6
-# Unpickling a damaged file may raise nearly anything: bytes are read as opcodes, names and sizes.
-_DAMAGED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -90,14 +72,14 @@ class Checkpointer(DetectionCheckpointer):
         content = {"model": self.model.state_dict(), **state, **self._extras, **kwargs}
         path = Path(self.save_dir) / f"{name}.pth"
         _logger.info("Saving checkpoint to %s", path)
-        _write_whole(path, lambda file: torch.save(content, file))
+        write_whole(path, lambda file: torch.save(content, file))
         if last:
             self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Say in the file ``last_checkpoint`` which one to resume from."""
         text = last_filename_basename.encode()
-        _write_whole(Path(self.save_dir) / _LAST, lambda file: file.write(text))
+        write_whole(Path(self.save_dir) / _LAST, lambda file: file.write(text))
 
     def has_checkpoint(self) -> bool:
         """Whether there is anything to resume from."""
@@ -172,24 +154,13 @@ class Checkpointer(DetectionCheckpointer):
     def _read_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".safetensors"):
             return dict(read_safetensors(filename))
-        # Tensors, arrays and plain containers only: a file from elsewhere must not run code.
-        try:
-            if filename.endswith(".pkl"):
-                with open(filename, "rb") as file:
-                    _PlainUnpickler(file, encoding="latin1").load()
-                return super()._load_file(filename)
-            loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        except _DAMAGED as error:
-            raise DamagedCheckpointError(
-                f"{filename} cannot be read as a checkpoint: it is damaged, cut off, or holds "
-                f"more than tensors ({error}); save or copy it again"
-            ) from error
-        if not isinstance(loaded, dict):
-            raise DamagedCheckpointError(
-                f"{filename} holds a {type(loaded).__name__}; wanted is a dict of tensors by "
-                "name, or one with such a dict under 'model'"
-            )
-        return loaded
+        if not filename.endswith(".pkl"):
+            return read_torch_file(filename)
+        # Arrays and plain containers only: a file from elsewhere must not run code.
+        with reading(filename):
+            with open(filename, "rb") as file:
+                _PlainUnpickler(file, encoding="latin1").load()
+            return super()._load_file(filename)
 
     def _load_model(self, checkpoint: Any) -> Any:
         going_on = self._resuming and self.checkpointables
@@ -253,28 +224,6 @@ class Checkpointer(DetectionCheckpointer):
         for name in [name for name in weights if _CLASS_LAYER in name.split(".")]:
             del weights[name]
         return f"; the classes differ ({both}), so the class layer begins anew"
-
-
-def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file beside ``path`` and put it in its place when it is complete on the disk."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        if hasattr(os, "O_DIRECTORY"):  # the new name, too, shall outlive a power cut
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-        unfinished.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise CheckpointError(
-            f"{path} could not be written ({error}; {free:.0f} MiB are free there). Checkpoints "
-            "written before are whole: make room, and go on with --resume"
-        ) from error
 
 
 class _PlainUnpickler(pickle.Unpickler):

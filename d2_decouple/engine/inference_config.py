@@ -37,6 +37,7 @@ _PACKAGES = ("d2_decouple", "detectron2", "fvcore", "torch")
 # Where what a saved config calls must be defined, wherever it was imported from.
 _DEFINED_IN = (
     "d2_decouple.data.augmentation",
+    "d2_decouple.data.legacy",
     "d2_decouple.layers",
     "d2_decouple.modeling",
     "detectron2.data.transforms",

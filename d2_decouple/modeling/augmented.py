@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test-time augmentation: one image seen at several sizes and mirrored, suppressed once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class TestTimeAugmentation(nn.Module):
         short_edge_lengths: Sequence[int],
         max_size: int,
         flip: bool = True,
+        output_shape: Callable[..., Size] = T.ResizeShortestEdge.get_output_shape,
     ) -> None:
         """
         Args:
@@ -49,6 +50,7 @@ class TestTimeAugmentation(nn.Module):
             short_edge_lengths: the short side that images get, in pixels, one for each variant.
             max_size: limit of the long side, in pixels.
             flip: whether each size is also seen mirrored left to right.
+            output_shape: (H, W) of a resized image from height, width, short side and max_size.
         """
         super().__init__()
         selection = getattr(model, "selection", None)
@@ -68,7 +70,7 @@ class TestTimeAugmentation(nn.Module):
             )
         self.model = model
         self.short_edge_lengths, self.max_size = tuple(short_edge_lengths), max_size
-        self.flip = flip
+        self.flip, self.output_shape = flip, output_shape
 
     @torch.no_grad()
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Instances]]:
@@ -95,7 +97,9 @@ class TestTimeAugmentation(nn.Module):
             for index, (variant, mirrored) in enumerate(self._variants(image))
         ]
         merged = self.model.selection.suppress(Instances.cat(found))
-        merged.pred_boxes = Boxes(clip_to_image(merged.pred_boxes.tensor, size))
+        boxes, offset = merged.pred_boxes.tensor, self.model.side_offset
+        boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
+        merged.pred_boxes = Boxes(clip_to_image(boxes, size))
         return merged[merged.pred_boxes.nonempty()]
 
     def _image_of(self, item: Mapping[str, Any]) -> np.ndarray:
@@ -123,6 +127,7 @@ class TestTimeAugmentation(nn.Module):
             length, limit = resize.short_edge_length[0], resize.max_size
             given.setdefault("short_edge_lengths", [round(x * length) for x in _SCALES])
             given.setdefault("max_size", round(max(_SCALES) * limit))
+            given.setdefault("output_shape", resize.get_output_shape)
         return cls(model, **given).eval()
 
     def _variants(self, image: np.ndarray) -> Iterator[tuple[Tensor, bool]]:
@@ -130,7 +135,7 @@ class TestTimeAugmentation(nn.Module):
         height, width = image.shape[:2]
         for length in self.short_edge_lengths:
             # Not the augmentation's get_transform: it would draw from numpy's random numbers.
-            new = T.ResizeShortestEdge.get_output_shape(height, width, length, self.max_size)
+            new = self.output_shape(height, width, length, self.max_size)
             resized = T.ResizeTransform(height, width, *new).apply_image(image)
             pixels = torch.from_numpy(np.array(resized.transpose(2, 0, 1), order="C"))
             yield pixels, False
@@ -144,7 +149,8 @@ class TestTimeAugmentation(nn.Module):
         (height, width), boxes = found.image_size, found.pred_boxes.tensor
         if mirrored:
             left, top, right, bottom = boxes.unbind(-1)
-            boxes = torch.stack((width - right, top, width - left, bottom), dim=-1)
+            last = width - self.model.side_offset
+            boxes = torch.stack((last - right, top, last - left, bottom), dim=-1)
         scale = boxes.new_tensor([size[1] / width, size[0] / height])
         return Instances(
             size,

@@ -25,7 +25,13 @@ class OneStageDetector(DenseDetector):
     """Detectron2's dense detector with everything that papers change in slots.
 
     Preprocessing, ``forward`` and the scaling of results to the original image are inherited.
+
+    Attributes:
+        side_offset: what a side of the selection's boxes has beside x2 - x1, in pixels: 0, or 1
+            where x2 and y2 are the last pixels inside (:mod:`.legacy`).
     """
+
+    side_offset = 0.0
 
     @configurable
     def __init__(
