@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..structures import DensePredictions, GroundTruth
 
-__all__ = ["Levels", "index_in_image", "matched_truth", "read_levels", "sent"]
+__all__ = ["Levels", "index_in_image", "matched_truth", "read_levels"]
 
 
 class Levels(NamedTuple):
@@ -46,12 +46,12 @@ def read_levels(predictions: DensePredictions, sizes: Sequence[tuple[int, int]])
     return Levels(
         origin=torch.stack([predictions.locations[start] for start in starts[:-1]]),
         stride=torch.stack([predictions.strides[start] for start in starts[:-1]])[:, None],
-        extent=sent([(width, height) for height, width in sizes], device),
-        start=sent(starts[:-1], device)[:, None],
+        extent=_sent([(width, height) for height, width in sizes], device),
+        start=_sent(starts[:-1], device)[:, None],
     )
 
 
-def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+def _sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Integers as a tensor on the device, without waiting for it."""
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
@@ -74,5 +74,5 @@ def matched_truth(
 def index_in_image(matched: Tensor, truth: GroundTruth) -> Tensor:
     """(N, R) index of the matched box in its own image, -1 where there is none."""
     first = [0, *accumulate(truth.counts)][:-1]
-    local = matched - sent(first, matched.device)[:, None]
+    local = matched - _sent(first, matched.device)[:, None]
     return torch.where(matched == len(truth.boxes), -1, local)

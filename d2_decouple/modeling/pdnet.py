@@ -27,7 +27,8 @@ from ..structures import (
 )
 from .dynamic_points import Points
 from .head import flatten_maps, map_size, prior_bias
-from .matching import index_in_image, matched_truth, read_levels, sent
+from .matching import index_in_image, matched_truth, read_levels
+from .selection import coarse_boxes
 
 __all__ = ["PDNetAssigner", "PDNetPredictor"]
 
@@ -89,8 +90,11 @@ class PDNetPredictor(nn.Module):
         """
         super().__init__()
         for name, points in (("class_points", class_points), ("box_points", box_points)):
-            if not callable(points):
-                raise TypeError(f"predictor.{name} must be callable, got {points!r}")
+            if isinstance(points, type) or not callable(points):
+                raise TypeError(
+                    f"predictor.{name} must be an object, such as SemanticPoints(num_points=9), "
+                    f"got {points!r}"
+                )
         if box_points.num_points != _SIDES:
             raise ValueError(
                 f"predictor.box_points has {box_points.num_points} points; wanted are {_SIDES}, "
@@ -311,7 +315,7 @@ class PDNetAssigner(nn.Module):
 
     def _overlapping(self, truth: GroundTruth, predictions: DensePredictions) -> Tensor:
         """(N, R) index of the object that each prediction learns, G where there is none."""
-        coarse = predictions.extras["coarse_boxes"].detach()
+        coarse = coarse_boxes(predictions).detach()
         first, rows = 0, []
         for boxes, gt_boxes in zip(coarse, truth.boxes.split(truth.counts), strict=True):
             local = self._best_object(boxes, gt_boxes)
@@ -322,20 +326,20 @@ class PDNetAssigner(nn.Module):
     def _best_object(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
         """(R,) index among the (M, 4) objects of one image, -1 where there is none."""
         best, best_low = (boxes.new_full((len(boxes),), -1.0) for _ in range(2))
-        index, index_low = (sent([-1], boxes.device).repeat(len(boxes)) for _ in range(2))
+        index, index_low = (torch.full_like(best, -1, dtype=torch.long) for _ in range(2))
         for start in range(0, len(gt_boxes), _CHUNK):
             overlaps = self._overlaps(gt_boxes[start : start + _CHUNK], boxes)
-            of_object = overlaps.amax(1, keepdim=True)
-            is_best = (overlaps == of_object) & (of_object > 0)
+            greatest = torch.where(overlaps == overlaps.amax(1, keepdim=True), overlaps, -1)
             for values, kept, kept_index in (
                 (overlaps, best, index),
-                (torch.where(is_best, overlaps, -1), best_low, index_low),
+                (greatest, best_low, index_low),
             ):
                 value, which = values.max(0)
                 better = value > kept
                 kept.copy_(torch.where(better, value, kept))
                 kept_index.copy_(torch.where(better, which + start, kept_index))
         index = torch.where(best >= self.iou_threshold, index, -1)
+        # Above zero, or an object that nothing overlaps would have every prediction.
         return torch.where(best_low > 0, index_low, index)
 
     def _overlaps(self, gt_boxes: Tensor, boxes: Tensor) -> Tensor:

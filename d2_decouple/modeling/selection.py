@@ -68,6 +68,11 @@ def predicted_boxes(predictions: DensePredictions) -> Tensor:
 
 def coarse_boxes(predictions: DensePredictions) -> Tensor:
     """(N, R, 4) the boxes of a first stage (PDNet, SALT-Net), xyxy pixels."""
+    if "coarse_boxes" not in predictions.extras:
+        raise ValueError(
+            "coarse boxes are wanted, and neither predictor nor aligner gives any, only "
+            f"{sorted(predictions.extras)}; use one that does, such as PDNetPredictor"
+        )
     return predictions.extras["coarse_boxes"]
 
 

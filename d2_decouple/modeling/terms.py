@@ -37,6 +37,11 @@ def main_targets(targets: DenseTargets) -> DenseTargets:
 
 def coarse_targets(targets: DenseTargets) -> DenseTargets:
     """The second label set, which coarse boxes learn (PDNet)."""
+    if "coarse" not in targets.extras:
+        raise ValueError(
+            "targets of coarse boxes are wanted, and the assigner gives none, only "
+            f"{sorted(targets.extras)}; use one that does, such as PDNetAssigner"
+        )
     return targets.extras["coarse"]
 
 

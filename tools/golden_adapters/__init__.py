@@ -3,6 +3,7 @@
 
 from .case import Adapter, Case, GoldenError, load_case, read_json
 from .fcos import fcos_targets
+from .pdnet import pdnet_head, pdnet_infer, pdnet_loss
 from .point_gather import deformable_points, pdnet_collect
 
 __all__ = ["ADAPTERS", "Adapter", "Case", "GoldenError", "load_case", "read_json"]
@@ -11,4 +12,7 @@ ADAPTERS: dict[str, Adapter] = {
     "deformable_points": Adapter(deformable_points),
     "fcos_targets": Adapter(fcos_targets),
     "pdnet_collect": Adapter(pdnet_collect),
+    "pdnet_head": Adapter(pdnet_head),
+    "pdnet_infer": Adapter(pdnet_infer),
+    "pdnet_loss": Adapter(pdnet_loss),
 }
