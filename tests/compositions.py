@@ -12,22 +12,18 @@ from standin_assigners import (
     LevelTerm,
     PaddingIgnored,
     ScoreWeighted,
-    TwoSets,
-    coarse_targets,
 )
 from standins import (
     AnchorPredictor,
     BoxDetail,
-    CollectingPredictor,
     HalfResolution,
     PointAligner,
-    coarse_boxes,
 )
 from torch import nn
 from util import WIDTH, excite, tiny
 
 from d2_decouple.config import get_config
-from d2_decouple.modeling import BestLocations, GIoUTerm, class_score
+from d2_decouple.modeling import BestLocations, GIoUTerm, class_score, coarse_boxes
 
 CHANNELS = "${...backbone.out_channels}"
 CLASSES = 3
@@ -63,18 +59,12 @@ def aligned(model: Any) -> None:
     model.losses.loss_box_coarse = L(GIoUTerm)(boxes=coarse_boxes)
 
 
-def collecting(model: Any) -> None:
-    model.head.predictor = L(CollectingPredictor)(
-        num_classes="${...num_classes}", in_channels=WIDTH
-    )
-    model.assigner = L(TwoSets)(
-        coarse=nested(model.assigner, radius=0.6), final=nested(model.assigner)
-    )
-    del model.losses.loss_quality
-    model.losses.loss_box_coarse = L(GIoUTerm)(
-        weight=0.5, boxes=coarse_boxes, targets=coarse_targets
-    )
-    model.selection.score = class_score
+def pdnet(model: Any) -> None:
+    """All that PDNet's recipe has in other slots than the plain host; the context stays."""
+    own = tiny(get_config("pdnet_R_50_FPN_1x"), num_classes=CLASSES).model
+    model.backbone = own.backbone
+    model.head.update(predictor=own.head.predictor, offset=own.head.offset, tower=own.head.tower)
+    model.update(assigner=own.assigner, losses=own.losses, selection=own.selection)
 
 
 def anchors(model: Any) -> None:
@@ -109,13 +99,13 @@ COMPOSITIONS = {
     "plain": [],
     "TSCODE": [half_resolution],
     "SALT": [aligned, score_weighted, best_locations, padding_ignored],
-    "PDNet": [collecting],
+    "PDNet": [pdnet],
     "RetinaNet": [anchors],
     "SAPD": [learned_levels],
     "SALT and box detail": [box_detail, aligned],
-    "PDNet and TSCODE": [half_resolution, collecting],
+    "PDNet and TSCODE": [half_resolution, pdnet],
     "RetinaNet and TSCODE": [half_resolution, anchors],
-    "PDNet and box detail": [box_detail, collecting],
+    "PDNet and box detail": [box_detail, pdnet],
     "SALT and SAPD": [aligned, learned_levels],
     "SAPD and TSCODE": [half_resolution, learned_levels],
 }

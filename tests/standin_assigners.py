@@ -135,17 +135,6 @@ class LevelTerm:
         return self.weight * loss / extras["normalizer"]
 
 
-class TwoSets(nn.Module):
-    """PDNet: coarse and final boxes learn different objects at different places."""
-
-    def __init__(self, *, coarse: nn.Module, final: nn.Module) -> None:
-        super().__init__()
-        self.coarse, self.final = coarse, final
-
-    def forward(self, *inputs: Any) -> DenseTargets:
-        return self.final(*inputs)._replace(extras={"coarse": self.coarse(*inputs)})
-
-
 class ScoreWeighted(nn.Module):
     """GFL and SALT: boxes are weighted by the detached score that selection uses."""
 
@@ -197,7 +186,3 @@ class PaddingIgnored(nn.Module):
         corner = (predictions.locations / strides).floor() * strides
         inside = (corner < padded.flip(-1)[:, None]).all(-1)
         return targets._replace(labels=torch.where(inside, targets.labels, -1))
-
-
-def coarse_targets(targets: DenseTargets) -> DenseTargets:
-    return targets.extras["coarse"]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2_decouple.layers.points import Grid, distances_to_boxes, squares
+from d2_decouple.layers.points import Grid, distances_to_boxes
 from d2_decouple.modeling import ClassPredictor, FCOSPredictor
 from d2_decouple.modeling.head import flatten_maps
 from d2_decouple.structures import DensePredictions
@@ -159,65 +159,6 @@ class IdentityAligner(nn.Module):
         return {"levels": extras}
 
 
-class CollectingPredictor(nn.Module):
-    """PDNet: values for the box also from the next finer map, logits summed over P points."""
-
-    num_points = 9
-    class_kernel_size = 1
-    class_bias = False
-
-    def __init__(self, *, num_classes: int, in_channels: int) -> None:
-        super().__init__()
-        self.num_classes, self.in_channels = num_classes, in_channels
-        self.class_outputs = self.num_points * num_classes
-        self.coarse = conv3x3(in_channels, 4)
-        self.offsets = conv3x3(in_channels, 2 * self.num_points)
-        self.values = nn.Conv2d(in_channels, 4, 1, bias=False)
-        self.bias = nn.Parameter(torch.full((num_classes,), -4.6))
-
-    def forward(
-        self, class_maps: list[Tensor], box_features: list[Tensor], grid: Grid
-    ) -> DensePredictions:
-        values = [self.values(x) for x in box_features]
-        logits, edges, coarse, points = [], [], [], []
-        for level, (maps, feature) in enumerate(zip(class_maps, box_features, strict=True)):
-            shape = (len(maps), self.num_points, 2, *maps.shape[-2:])
-            where = cells_of(feature).to(feature) + self.offsets(feature).view(shape)
-            moved = sample(values[level], where[:, :1])[:, :, 0]
-            if level > 0:
-                moved = moved + 0.5 * sample(values[level - 1], 2 * where[:, :1])[:, :, 0]
-            coarse.append(self.coarse(feature))
-            edges.append(coarse[-1].detach() + moved)
-            logits.append(self._collect(maps, where))
-            points.append(where.flatten(1, 2))
-        boxes, coarse_boxes = (self._decode(x, grid) for x in (edges, coarse))
-        flat = flatten_maps(points, 18).unflatten(-1, (self.num_points, 2))
-        offset = grid.locations - grid.cells * grid.strides[:, None]
-        return DensePredictions(
-            logits=flatten_maps(logits, self.num_classes) + self.bias,
-            boxes=boxes,
-            quality=None,
-            locations=grid.locations,
-            strides=grid.strides,
-            priors=squares(grid.locations, 4 * grid.strides),
-            level_sizes=grid.level_sizes,
-            extras={
-                "coarse_boxes": coarse_boxes,
-                "points": flat * grid.strides[:, None, None] + offset[:, None],
-            },
-        )
-
-    def _collect(self, maps: Tensor, where: Tensor) -> Tensor:
-        images, points = where.shape[:2]
-        groups = maps.reshape(images * points, self.num_classes, *maps.shape[-2:])
-        found = sample(groups, where.flatten(0, 1)[:, None])
-        return found.view(images, points, self.num_classes, *maps.shape[-2:]).sum(1)
-
-    def _decode(self, edges: list[Tensor], grid: Grid) -> Tensor:
-        prior = squares(grid.locations, 4 * grid.strides)
-        return prior + flatten_maps(edges, 4) * grid.strides[:, None]
-
-
 class AnchorPredictor(nn.Module):
     """RetinaNet: nine anchors per cell, so R = 9 times the cells."""
 
@@ -260,7 +201,3 @@ class OddPredictor(FCOSPredictor):
     def __init__(self, *, num_classes: int, in_channels: int) -> None:
         super().__init__(num_classes=num_classes, in_channels=in_channels)
         self.bbox_pred = conv3x3(in_channels, 8)
-
-
-def coarse_boxes(predictions: DensePredictions) -> Tensor:
-    return predictions.extras["coarse_boxes"]

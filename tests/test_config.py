@@ -23,7 +23,8 @@ from d2_decouple.config import ConfigError, configs_root, find_config
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "fcos_R_50_FPN_1x"
 OURS = [name for name in config_names() if not name.endswith("_bccd_d2")]  # the rest has its own
-YAMLS = sorted((configs_root() / "baselines").glob("*.yaml"))
+PROJECTS = configs_root().parent / "projects"
+YAMLS = sorted([*configs_root().glob("baselines/*.yaml"), *PROJECTS.glob("*/configs/*.yaml")])
 
 
 def test_there_are_recipes():

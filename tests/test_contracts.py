@@ -10,15 +10,15 @@ from compositions import (
     STRIDES,
     aligned,
     box_detail,
-    collecting,
     compose,
     half_resolution,
     learned_levels,
+    pdnet,
     recipe,
 )
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from standins import AnchorPredictor, HalfResolution, IdentityAligner, blocks_to_cells
+from standins import AnchorPredictor, HalfResolution, IdentityAligner, blocks_to_cells, sample
 from util import WIDTH, excite, loss_sum, random_input, without_gradient
 
 from d2_decouple.modeling.head import prior_bias
@@ -29,6 +29,15 @@ BATCHES = {
     "long": [(LONG, 3), (LONG, 0)],
     "odd sizes": [((33, 47), 0), ((101, 67), 4), ((1, 1), 0)],
     "no objects": [((64, 64), 0), ((40, 64), 0)],
+}
+
+EXTRAS = {  # shape of each behind (N, R)
+    "coarse_boxes": (4,),
+    "points": (9, 2),
+    "cls_points": (9, 2),
+    "class_points": (9, 2),
+    "boundary_points": (4, 2),
+    "box_level_weights": (4, len(STRIDES)),
 }
 
 
@@ -70,7 +79,7 @@ def test_stand_ins_train_and_infer(composed, batch):
     assert predictions.priors.shape == (R, 4)
     assert predictions.quality is None or predictions.quality.shape == (N, R)
     for name, value in predictions.extras.items():
-        assert value.shape == ((N, R, 4) if "boxes" in name else (N, R, 9, 2)), name
+        assert value.shape == (N, R, *EXTRAS[name]), name
     for instances, (size, _) in zip(found, BATCHES[batch], strict=True):
         assert instances.image_size == size
         assert set(instances.get_fields()) == {
@@ -200,7 +209,7 @@ def test_scale_of_each_level_learns_from_its_level():
 
 
 def test_predictor_reads_the_next_finer_level():
-    model = excite(instantiate(recipe(collecting)))
+    model = excite(instantiate(recipe(pdnet)))
     _, features, predictions = model.predict([random_input((256, 256), 0)])
     features = [x.detach().requires_grad_() for x in features]
     predictions = model.head(features)
@@ -213,9 +222,52 @@ def test_predictor_reads_the_next_finer_level():
 
 
 def test_collected_classes_need_no_bias_and_a_1x1_convolution():
-    model = instantiate(recipe(collecting))
+    model = instantiate(recipe(pdnet))
     assert model.head.cls_score.weight.shape == (9 * CLASSES, WIDTH, 1, 1)
     assert model.head.cls_score.bias is None
+
+
+@torch.no_grad()
+def test_dynamic_points_read_the_rearranged_class_map():
+    """PDNet under TSCODE, levels of odd sizes: each logit by hand from the map of full size."""
+    model = excite(instantiate(recipe(half_resolution, pdnet)))
+    assert model.head.cls_score.weight.shape == (4 * 9 * CLASSES, WIDTH, 1, 1)
+    seen = []
+    model.head.predictor.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+    _, features, predictions = model.predict([random_input(LONG, 0)])
+    (class_maps,) = seen
+    assert [x.shape[1:] for x in class_maps] == [(9 * CLASSES, *x.shape[-2:]) for x in features[1:]]
+    points = predictions.extras["class_points"] / predictions.strides[:, None, None]
+    logits = predictions.logits - model.head.predictor.cls_score.bias
+    for maps, where, found in zip(
+        class_maps,
+        points.split(predictions.level_sizes, 1),
+        logits.split(predictions.level_sizes, 1),
+        strict=True,
+    ):
+        where = where.unflatten(1, maps.shape[-2:]).permute(0, 3, 4, 1, 2)
+        expected = sum(
+            sample(votes, where[:, point : point + 1])[:, :, 0]
+            for point, votes in enumerate(maps.split(CLASSES, dim=1))
+        )
+        torch.testing.assert_close(found, expected.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if "PDNet" in name])
+def test_predictions_under_autocast_are_those_of_float32(name):
+    """From a bfloat16 tower's maps on, every number is what float32 makes of them."""
+    model = compose(name)
+    inputs = [random_input((64, 96), 0)]
+    seen = []
+    model.head.predictor.register_forward_hook(lambda _, given, out: seen.append((given, out)))
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.predict(inputs)
+        (given, found) = seen[0]
+        expected = model.head.predictor(*given)
+    assert torch.equal(found.boxes, expected.boxes)
+    assert torch.equal(found.logits, expected.logits)
+    assert all(torch.equal(found.extras[name], expected.extras[name]) for name in found.extras)
 
 
 def test_a_plug_in_adds_a_loss_and_renames_nothing():

@@ -6,21 +6,26 @@ from compositions import (
     CLASSES,
     aligned,
     anchors,
-    collecting,
     learned_levels,
     nested,
     padding_ignored,
+    pdnet,
     recipe,
     score_weighted,
 )
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from standin_assigners import PerClassWeights
-from standins import coarse_boxes
 from util import excite, make_instances, random_input
 
 from d2_decouple.layers.losses import generalized_iou_loss, sigmoid_focal_loss
-from d2_decouple.modeling import BestLocations, BestPairs, clip_to_image, predicted_boxes
+from d2_decouple.modeling import (
+    BestLocations,
+    BestPairs,
+    clip_to_image,
+    coarse_boxes,
+    predicted_boxes,
+)
 
 
 def test_assigner_trains_its_own_module_and_the_features():
@@ -60,8 +65,8 @@ def test_assigner_and_terms_run_without_autocast():
     assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
 
 
-def giou_by_hand(boxes, targets, weight):
-    losses = generalized_iou_loss(boxes, targets.boxes)
+def giou_by_hand(boxes, targets, weight, smoothing=0.0):
+    losses = generalized_iou_loss(boxes, targets.boxes, smoothing)
     return weight * (losses * targets.box_weights).sum() / targets.box_normalizer
 
 
@@ -73,18 +78,20 @@ def assigned(model, inputs):
 
 
 def test_two_label_sets():
-    model = excite(instantiate(recipe(collecting)))
+    model = excite(instantiate(recipe(pdnet)))
     inputs = [random_input((128, 128), 6, CLASSES)]
     predictions, targets = assigned(model, inputs)
     coarse = targets.extras["coarse"]
-    assert 0 < (coarse.labels < CLASSES).sum() < (targets.labels < CLASSES).sum()
+    assert coarse.box_weights.any()
+    assert targets.box_weights.any()
+    assert not torch.equal(coarse.labels, targets.labels)
     losses = model(inputs)
     torch.testing.assert_close(
-        losses["loss_box_reg"], giou_by_hand(predictions.boxes, targets, 1.0)
+        losses["loss_box_reg"], giou_by_hand(predictions.boxes, targets, 2.0, 1.0)
     )
     torch.testing.assert_close(
         losses["loss_box_coarse"],
-        giou_by_hand(predictions.extras["coarse_boxes"], coarse, 0.5),
+        giou_by_hand(predictions.extras["coarse_boxes"], coarse, 0.5, 1.0),
     )
 
 

@@ -11,15 +11,24 @@ from d2_decouple.config import get_config
 from d2_decouple.data import BCCD_CLASSES
 from d2_decouple.engine import lazy_recipe, train
 
-RECIPES = {"fcos_R_18_FPN_bccd": 130}
+RECIPES = {"fcos_R_18_FPN_bccd": 110, "pdnet_R_18_FPN_bccd": 110}  # iterations
+PLATELETS = BCCD_CLASSES.index("Platelets")
+
+
+def share_of_platelets(record):
+    """The rare class, a tenth of all objects, which PDNet learns late: of eight images with nine
+    of them it has not learned them after 230 iterations, which is more than a suite can wait.
+    """
+    classes = [annotation["category_id"] for annotation in record["annotations"]]
+    return classes.count(PLATELETS) / len(classes)
 
 
 @pytest.fixture
 def eight_images():
     name = "overfit_eight"
     get_config("fcos_R_18_FPN_bccd")  # registers the mini set
-    images = DatasetCatalog.get("bccd_mini_train")
-    DatasetCatalog.register(name, lambda: images[:8])
+    images = sorted(DatasetCatalog.get("bccd_mini_train"), key=share_of_platelets)
+    DatasetCatalog.register(name, lambda: images[-8:])
     MetadataCatalog.get(name).set(thing_classes=list(BCCD_CLASSES), evaluator_type="coco")
     yield name
     DatasetCatalog.remove(name)

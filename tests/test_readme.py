@@ -110,7 +110,7 @@ def test_links_and_named_files_exist(document: str) -> None:
 def test_layout_lists_every_folder_of_the_repository() -> None:
     (layout,) = (block for block in blocks("README.md", "") if "configs/" in block)
     named = set(re.findall(r"^(\w+)/", layout, re.MULTILINE))
-    assert named == {"d2_decouple", "csrc", "configs", "results", "tools", "tests"}
+    assert named == {"d2_decouple", "csrc", "configs", "projects", "results", "tools", "tests"}
     assert all((ROOT / name).is_dir() for name in named)
 
 

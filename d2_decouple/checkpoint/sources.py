@@ -24,7 +24,13 @@ _logger = logging.getLogger(__name__)
 _SCHEMES = ("catalog", "detectron2", "http", "https", "timm", "torchvision")
 _CATALOGUE = tuple(
     f"detectron2://ImageNetPretrained/{name}.pkl"
-    for name in ("FAIR/X-101-32x8d", "MSRA/R-101", "MSRA/R-50", "torchvision/R-50")
+    for name in (
+        "FAIR/X-101-32x8d",
+        "FAIR/X-101-64x4d",
+        "MSRA/R-101",
+        "MSRA/R-50",
+        "torchvision/R-50",
+    )
 )
 # Not resnet50d, resnext26ts or resnet50_clip, which are other networks.
 _RESNET = re.compile(r"(wide_)?resne(t|xt)\d+(_(?!clip)\w+)?")

@@ -49,7 +49,8 @@ YACS = [
 def command(kind, folder):
     if kind == "lazy":
         return ["--config-file", "fcos_R_18_FPN_bccd", *EVERYTHING, f"train.output_dir={folder}"]
-    return ["--config-file", "fcos_R_18_FPN_bccd.yaml", *YACS, "OUTPUT_DIR", str(folder)]
+    # By this door a method that computes on its own predictions: the operator, two label sets.
+    return ["--config-file", "pdnet_R_18_FPN_bccd.yaml", *YACS, "OUTPUT_DIR", str(folder)]
 
 
 def differences(one, two, path=""):

@@ -12,14 +12,14 @@ from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from standins import AnchorPredictor, CollectingPredictor, OddPredictor
+from standins import AnchorPredictor, OddPredictor
 from torch import nn
 from util import WIDTH, excite, random_input, tiny, tiny_model, tiny_resnet
 
 from d2_decouple.config import get_config
-from d2_decouple.modeling import FCOSPredictor
+from d2_decouple.modeling import BoundaryPoints, FCOSPredictor, PDNetPredictor, SemanticPoints
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "state_dict_keys_fcos_R_50.txt"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CLASSES = 5
 SIZES = [(120, 160), (101, 67)]
 
@@ -140,20 +140,26 @@ def test_our_weights_load_into_ours_unchanged():
     assert torch.equal(source.predict(inputs)[2].boxes, target.predict(inputs)[2].boxes)
 
 
-def test_golden_list_of_names():
+@pytest.mark.parametrize("name", ["fcos_R_50", "pdnet_R_50"])
+def test_golden_list_of_names(name):
     """Full size, without memory: names and shapes of the real recipe's state dict."""
-    cfg = get_config("fcos_R_50_FPN_1x")
+    with torch.device("meta"):
+        model = instantiate(get_config(f"{name}_FPN_1x").model)
     own = [
         f"{name} {'x'.join(map(str, value.shape)) or 'scalar'}"
-        for name, value in instantiate(cfg.model).state_dict().items()
+        for name, value in model.state_dict().items()
     ]
-    assert own == GOLDEN.read_text().splitlines()
+    assert own == (GOLDEN / f"state_dict_keys_{name}.txt").read_text().splitlines()
 
 
 def other_model(predictor, num_classes=3):
     """A detector whose predictor is not the one the weights come from."""
     cfg = tiny(get_config("fcos_R_50_FPN_1x"), num_classes=num_classes)
     cfg.model.head.predictor = L(predictor)(num_classes="${...num_classes}", in_channels=WIDTH)
+    if predictor is PDNetPredictor:
+        cfg.model.head.predictor.update(
+            class_points=L(SemanticPoints)(num_points=9), box_points=L(BoundaryPoints)()
+        )
     return instantiate(cfg.model)
 
 
@@ -165,7 +171,10 @@ MISFITS = {
         ("predictor.bbox_pred.weight", (36, WIDTH, 3, 3)),
         ("predictor.bbox_pred.bias", (36,)),
     ],
-    CollectingPredictor: [("cls_score.weight", (27, WIDTH, 1, 1))],
+    PDNetPredictor: [
+        ("cls_score.weight", (27, WIDTH, 1, 1)),
+        ("predictor.bbox_pred.weight", (4, WIDTH, 1, 1)),
+    ],
     OddPredictor: [
         ("predictor.bbox_pred.weight", (8, WIDTH, 3, 3)),
         ("predictor.bbox_pred.bias", (8,)),
@@ -174,9 +183,8 @@ MISFITS = {
 HOMELESS = {
     # predictor -> tensors of FCOS's for which it has no parameter at all
     AnchorPredictor: {"head.ctrness.weight", "head.ctrness.bias"},
-    CollectingPredictor: {
-        "head.bbox_pred.weight",
-        "head.bbox_pred.bias",
+    PDNetPredictor: {
+        "head.predictor.bbox_pred.bias",
         "head.ctrness.weight",
         "head.ctrness.bias",
         "head.cls_score.bias",
@@ -197,6 +205,8 @@ def assert_fitting_tensors_loaded(model, weights, misfits):
     compared = 0
     for name, value in weights.items():
         nested = name if name in own else name.replace("head.", "head.predictor.")
+        if name.startswith("head.cls_score."):
+            nested = name  # of the head itself, whatever the predictor has under that name
         if nested in own and nested not in left_out:
             assert torch.equal(own[nested], value), nested
             compared += 1
