@@ -35,7 +35,9 @@ __all__ = [
     "unpack_detections",
 ]
 
-_TOLERANCE = 0.05  # percent of AP that rounding may cost
+# Percent of AP that rounding may cost: in a class of 70 objects, one of three classes, a match that
+# falls on the other side of one of the ten thresholds is 0.05.
+_TOLERANCE = 0.15
 _NOT_THE_EXPERIMENT = ("train.output_dir", "train.device")
 _GROWING = ("train.", "dataloader.")  # parts that get further options
 
