@@ -21,6 +21,7 @@ from ..config import ConfigError
 from ..data.images import ChannelOrder, as_rgb, read_rgb
 from ..modeling import OneStageDetector, TestTimeAugmentation
 from ..modeling.folding import cast_weights, fold_batch_norms
+from ..visualization import draw_points
 from .inference_config import inference_config
 from .points import DetectionPoints, kept_predictions, points_of
 
@@ -202,7 +203,6 @@ class Predictor:
 
             seen = predictor.points("photo.jpg", limit=4)
             seen.instances.boundary_points  # (D, 4, 2), of the left, top, right, bottom side
-            picture = draw_points(rgb, seen, predictor.classes)  # d2_decouple.visualization
 
         Args:
             image: one image, as for a call of the predictor.
@@ -224,12 +224,28 @@ class Predictor:
             found = self._detect([item])[0][:limit]
         return points_of(self.model, kept[0], found, tuple(item["image"].shape[-2:]))
 
+    def draw_points(self, image: ImageLike, *, limit: int = 4) -> np.ndarray:
+        """The picture of :meth:`points`: (H, W, 3) RGB, uint8, with a panel for each detection.
+
+        Args:
+            image: one image, as for a call of the predictor.
+            limit: so many detections have a panel, the strongest.
+
+        Raises:
+            ConfigError: as :meth:`points` says.
+            ImageError: the image cannot be used; the message names it.
+        """
+        return draw_points(self._rgb(image), self.points(image), self.classes, limit=limit)
+
+    def _rgb(self, image: ImageLike) -> np.ndarray:
+        """(H, W, 3) RGB, uint8."""
+        if isinstance(image, str | os.PathLike):
+            return read_rgb(Path(image))
+        return as_rgb(image, channels=self._channels)
+
     def _input(self, image: ImageLike) -> dict[str, Any]:
         """Detectron2's input dict of an image."""
-        if isinstance(image, str | os.PathLike):
-            rgb = read_rgb(Path(image))
-        else:
-            rgb = as_rgb(image, channels=self._channels)
+        rgb = self._rgb(image)
         height, width = rgb.shape[:2]
         seen = _stretched(rgb)
         if self._resize:

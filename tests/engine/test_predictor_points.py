@@ -20,6 +20,7 @@ from d2_decouple.engine.points import points_of
 from d2_decouple.engine.predictor import Predictor
 from d2_decouple.modeling.legacy import LegacyBoxDetector
 from d2_decouple.structures import DensePredictions
+from d2_decouple.visualization import draw_points
 
 SIZE, SEEN = (75, 110), (96, 141)  # (H, W) of the image, and of what the model sees of it
 SCALE = torch.tensor([110 / 141, 75 / 96])
@@ -247,6 +248,17 @@ def test_of_extras_only_those_of_predictions_are_taken_and_only_pixels_are_scale
     assert records[0]["location"] == [24, 18]
     assert records[1]["my_points"][3] == pytest.approx(got["my_points"][1, 3].tolist(), abs=0.006)
     assert len(records) == 2
+
+
+def test_the_picture_is_drawn_on_the_image_as_it_is_read(predictor):
+    """From an array in BGR, as a predictor takes it, and from the same in RGB."""
+    image = picture()
+    drawn = predictor.draw_points(image, limit=2)
+    expected = draw_points(
+        image[..., ::-1].copy(), predictor.points(image), predictor.classes, limit=2
+    )
+    assert np.array_equal(drawn, expected)
+    assert not np.array_equal(drawn, predictor.draw_points(image, limit=1))
 
 
 def test_models_without_points_are_refused_by_name():
