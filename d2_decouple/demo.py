@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -124,14 +125,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        hint = "; before key=value give this option its number, too" if "=" in text else ""
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text}{hint}")
+    return int(text)
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text}")
     return value

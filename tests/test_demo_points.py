@@ -181,4 +181,11 @@ def test_a_broken_image_is_skipped_as_without_points(run, tmp_path):
 def test_a_number_of_detections_is_whole_and_positive(run, capsys, number):
     with pytest.raises(SystemExit, match="2"):
         run("a.png", options=[f"--show-points={number}"])
-    assert "argument --show-points: " in capsys.readouterr().err
+    said = f"argument --show-points: wanted a whole number from 1, got {number}\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_an_override_is_not_taken_for_a_number(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("a.png", options=["--show-points", "model.selection.nms.test_nms_thresh=0.3"])
+    assert "give this option its number, too" in capsys.readouterr().err

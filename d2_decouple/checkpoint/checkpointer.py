@@ -198,6 +198,13 @@ class Checkpointer(DetectionCheckpointer):
                 "that the checkpoint was trained with (another first number of cls_score is "
                 "another number of classes)"
             )
+        parts = [x for x in incompatible.unexpected_keys if x.startswith(("backbone.", "head."))]
+        if parts and self._complete:
+            raise CheckpointError(
+                f"{len(parts)} tensors of the file have no place in this model, so it is another "
+                f"network than the one that was trained: {_listed(sorted(parts))}; give the config "
+                "that the checkpoint was trained with"
+            )
         message = f"Loaded {loaded} of {len(model)} tensors{' (averaged)' if averaged else ''}"
         if fresh:
             message += f"; {len(fresh)} keep their initial values: {_listed(named)}"

@@ -68,11 +68,10 @@ def convert_checkpoint(
             "that the authors' code saved or published"
         ) from error
     content = {"model": converted.tensors, _OURS: {"method": method, "file": source.name}}
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, lambda file: torch.save(content, file))
     return (
         f"{method}: {len(converted.tensors)} tensors converted ({converted.description}): "
-        f"{source} -> {target}"
+        f"{source} -> {target}; {converted.advice}"
     )
 
 
@@ -88,6 +87,12 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise CheckpointError(f"{target} is the file that is read; give OUT another name")
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists; type --force to replace it, or another name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"the folder {target.parent} cannot be made ({error}); name another one"
+        ) from error
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:

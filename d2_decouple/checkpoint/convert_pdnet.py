@@ -22,6 +22,7 @@ _BLOCK = re.compile(r"backbone\.body\.layer([1-4])\.(\d+)\..+")
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _AFFINE = ("weight", "bias")
 _RESNET_WIDTH = 64  # of the 3x3 convolutions in a ResNet's first stage
+_CHANNELS, _CLASSES = 256, 80  # of the networks that were published
 _NUM_POINTS = 9
 _POINT_ROWS = 34  # 4 of the coarse box, 4 slides, 9 x 2 offsets, 4 x 2 shares of levels
 _HEAD = "rpn.head."
@@ -37,10 +38,12 @@ class Converted(NamedTuple):
     Attributes:
         tensors: the model's, by our names.
         description: which model it looks like, such as "R-50, 80 classes".
+        advice: which recipe takes it.
     """
 
     tensors: dict[str, Tensor]
     description: str
+    advice: str
 
 
 class _Entry(NamedTuple):
@@ -76,7 +79,7 @@ def convert_pdnet(state: Mapping[str, Tensor]) -> Converted:
         for entry in entries
         if entry.ours is not None
     }
-    return Converted(tensors, _description(blocks, widths))
+    return Converted(tensors, _description(blocks, widths), _advice(blocks, widths))
 
 
 def _count_blocks(state: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -263,13 +266,33 @@ def _check_constants(state: Mapping[str, Tensor]) -> None:
 
 
 def _description(blocks: tuple[int, ...], widths: Mapping[str, int]) -> str:
+    return f"{_backbone(blocks, widths)}, {widths['K']} classes"
+
+
+def _backbone(blocks: tuple[int, ...], widths: Mapping[str, int]) -> str:
     depth, groups = _DEPTHS[blocks], widths["M1"] // widths["G1"]
     name = f"R-{depth}" if groups == 1 else f"X-{depth}-{groups}x{widths['G1']}d"
     if "D" in widths:
         name += "-DCN"
     if groups == 1 and widths["M1"] != _RESNET_WIDTH:
         name += f" (res2 {widths['M1']} wide)"
-    return f"{name}, {widths['K']} classes"
+    return name
+
+
+def _advice(blocks: tuple[int, ...], widths: Mapping[str, int]) -> str:
+    """Which recipe has this network, or what to make of one."""
+    backbone = _backbone(blocks, widths)
+    names = {
+        "R-50": "pdnet_R_50_FPN_2x_official",
+        "R-101": "pdnet_R_101_FPN_2x_official",
+        "X-101-64x4d": "pdnet_X_101_64x4d_FPN_2x_official",
+    }
+    if backbone not in names or widths["C"] != _CHANNELS:
+        return f"no recipe here is of {backbone}: write one on pdnet_R_50_FPN_2x_official"
+    advice = f"evaluate it with --config-file {names[backbone]} --eval-only"
+    if widths["K"] != _CLASSES:
+        advice += f" model.num_classes={widths['K']}"
+    return advice + " train.init_checkpoint=FILE"
 
 
 def _shape(value: Tensor) -> tuple[int, ...]:

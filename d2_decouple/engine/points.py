@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +32,8 @@ class DetectionPoints(NamedTuple):
               its own name. Those named ``*points`` are (D, P, 2), those named ``*boxes`` are
               (D, 4) xyxy, both in pixels of the image and free to leave it; others are as the
               model wrote them. PDNet has ``coarse_boxes``, ``boundary_points`` (P = 4: left, top,
-              right, bottom), ``class_points`` and ``box_level_weights`` (D, 4, L), the share of
-              each level in the value of each side.
+              right, bottom), ``class_points`` and ``box_level_weights`` (D, 4, L), the weight
+              of each level in the value of each side.
         level_names: the names of the L predicted levels, finest first, such as "p3".
         strides: their strides, in pixels of the image as the model saw it.
     """
@@ -46,7 +47,7 @@ class DetectionPoints(NamedTuple):
         own = ("pred_boxes", "scores", "pred_classes", "location_index", "locations", "levels")
         fields = self.instances.get_fields()
         extras = {
-            # Coordinates as boxes are written; shares need more digits.
+            # Coordinates as boxes are written; weights need more digits.
             name: _rounded(value.tolist(), 2 if name.endswith(("points", "boxes")) else 4)
             for name, value in fields.items()
             if name not in own
@@ -84,7 +85,13 @@ def kept_predictions(model: nn.Module) -> Iterator[list[DensePredictions]]:
             f"detection was read; {_recipes_with_points()}"
         )
     kept: list[DensePredictions] = []
-    hook = model.head.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    thread = get_ident()  # another thread may run the same model at this moment
+
+    def keep(_module: nn.Module, _inputs: Any, output: DensePredictions) -> None:
+        if get_ident() == thread:
+            kept.append(output)
+
+    hook = model.head.register_forward_hook(keep)
     try:
         yield kept
     finally:
@@ -133,7 +140,7 @@ def points_of(
 
 
 def _are_points(name: str, shape: tuple[int, ...]) -> bool:
-    # By the name as well: a share for each of two levels has the same shape.
+    # By the name as well: a weight for each of two levels has the same shape.
     return name.endswith("points") and len(shape) == 2 and shape[1] == 2
 
 

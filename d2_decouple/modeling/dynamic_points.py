@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a target is read: the kinds of points that PDNet compares (its sections III-C, IV-B)."""
 
+import math
 from dataclasses import dataclass
-from itertools import product
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "SIDES",
     "BoundaryPoints",
     "EdgeMidpoints",
     "GridOffsetPoints",
@@ -17,10 +18,10 @@ __all__ = [
     "SemanticPoints",
 ]
 
-_SIDES = 4  # left, top, right, bottom, in this order everywhere
+SIDES = 4  # left, top, right, bottom, in this order everywhere
 
-# Points of the paper's Table III: rows and columns of a lattice, and whether every second is left
-# out, as on a chessboard.
+# Rows and columns of a lattice, and whether every second point is left out, as on a chessboard.
+# Table III has 5, 9, 13 and 16 points.
 _LATTICES = {1: (1, False), 5: (3, True), 9: (3, False), 13: (5, True), 16: (4, False)}
 
 
@@ -57,6 +58,9 @@ class GridPoints:
     num_points: int
     outputs = 0
 
+    def __post_init__(self) -> None:
+        _check_count(self)
+
     def __call__(self, cells: Tensor, coarse: Tensor, offsets: Tensor) -> Tensor:
         """As :class:`Points` says."""
         return cells[:, None].expand(len(coarse), len(cells), self.num_points, 2)
@@ -67,6 +71,9 @@ class GridOffsetPoints:
     """Points that are free to go anywhere from their cell (Tables II and III, b)."""
 
     num_points: int
+
+    def __post_init__(self) -> None:
+        _check_count(self)
 
     @property
     def outputs(self) -> int:
@@ -82,7 +89,7 @@ class GridOffsetPoints:
 class EdgeMidpoints:
     """The middles of the coarse box's left, top, right and bottom edge (Table II, c)."""
 
-    num_points = _SIDES
+    num_points = SIDES
     outputs = 0
 
     def __call__(self, cells: Tensor, coarse: Tensor, offsets: Tensor) -> Tensor:
@@ -101,8 +108,14 @@ class BoundaryPoints:
     """
 
     limit: float = 1.5
-    num_points = _SIDES
-    outputs = _SIDES
+    num_points = SIDES
+    outputs = SIDES
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.limit < math.inf:
+            raise ValueError(
+                f"BoundaryPoints.limit is {self.limit}; wanted are half edges, from 0, such as 1.5"
+            )
 
     def __call__(self, cells: Tensor, coarse: Tensor, offsets: Tensor) -> Tensor:
         """As :class:`Points` says; offsets are left's y, top's x, right's y, bottom's x."""
@@ -139,21 +152,28 @@ class SemanticPoints:
     def __call__(self, cells: Tensor, coarse: Tensor, offsets: Tensor) -> Tensor:
         """As :class:`Points` says; offsets are (x, y) of each point."""
         middle, half = _middle_and_half(coarse)
-        lattice = torch.tensor(_lattice(self.num_points), dtype=coarse.dtype)
-        lattice = lattice.to(coarse.device, non_blocking=True)
+        lattice = _lattice(self.num_points, coarse)
         priors = middle[..., None, :] + half[..., None, :] * lattice
         return priors + offsets.unflatten(-1, (self.num_points, 2))
 
 
-def _lattice(num_points: int) -> list[tuple[float, float]]:
-    """Points (x, y) over a box from -1 to 1, row by row."""
+def _check_count(points: Points) -> None:
+    if type(points.num_points) is not int or points.num_points < 1:
+        raise ValueError(
+            f"{type(points).__name__}.num_points is {points.num_points}; wanted is a whole number "
+            "from 1, such as 4 for the sides of a box"
+        )
+
+
+def _lattice(num_points: int, like: Tensor) -> Tensor:
+    """(P, 2) points (x, y) over a box from -1 to 1, row by row."""
     count, alternate = _LATTICES[num_points]
-    steps = [2 * i / (count - 1) - 1 for i in range(count)] if count > 1 else [0.0]
-    return [
-        (steps[column], steps[row])
-        for row, column in product(range(count), repeat=2)
-        if not alternate or (row + column) % 2 == 0
-    ]
+    # Made on the device: nothing is sent there in a forward.
+    steps = torch.linspace(-1, 1, count, dtype=like.dtype, device=like.device)
+    if count == 1:
+        steps = torch.zeros_like(steps)
+    rows = torch.cartesian_prod(steps, steps).flip(-1)
+    return rows[::2] if alternate else rows  # of an odd number of columns every second is a board
 
 
 def _middle_and_half(boxes: Tensor) -> tuple[Tensor, Tensor]:

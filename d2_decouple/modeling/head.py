@@ -8,7 +8,7 @@ truth, losses nor any paper.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..structures import DensePredictions
 
 __all__ = [
     "Aligner",
+    "ClassBiasOwner",
     "ClassPredictor",
     "Context",
     "DenseHead",
@@ -98,7 +99,7 @@ class Predictor(Protocol):
         in_channels: of the box features.
         class_outputs: channels of the class maps it wants.
         class_kernel_size: of the convolution that makes them.
-        class_bias: whether that has a bias.
+        class_bias: whether that has a bias. If not, the predictor is a :class:`ClassBiasOwner`.
     """
 
     in_channels: int
@@ -110,6 +111,14 @@ class Predictor(Protocol):
         self, class_maps: list[Tensor], box_features: list[Tensor], grid: Grid
     ) -> DensePredictions:
         """The maps of all levels, each at its level's size -> predictions."""
+
+
+@runtime_checkable
+class ClassBiasOwner(Protocol):
+    """A predictor that adds the classes' bias itself, behind the convolution."""
+
+    def reset_class_bias(self, value: float) -> None:
+        """Let every class start at this bias."""
 
 
 class ClassPredictor(nn.Conv2d):
@@ -215,6 +224,8 @@ class DenseHead(nn.Module):
             predictor.class_bias,
         )
         init_conv(self.cls_score, bias=prior_bias(prior_prob))
+        if isinstance(predictor, ClassBiasOwner):
+            predictor.reset_class_bias(prior_bias(prior_prob))
 
     def forward(self, features: list[Tensor]) -> DensePredictions:
         """Maps (N, C, H, W), finest first -> predictions.

@@ -17,6 +17,8 @@ from .detector import OneStageDetector
 
 __all__ = ["LegacyBoxDetector", "legacy_clip"]
 
+_SIZE = ("height", "width")  # of the original image, by their names in an input dict
+
 
 def legacy_clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """(D, 4) xyxy boxes put inside an image of ``size`` (H, W) whose last pixel is (W-1, H-1).
@@ -38,15 +40,17 @@ class LegacyBoxDetector(OneStageDetector):
     pixel of the *original* image, as in their evaluation. Unlike there, boxes are then cut to the
     image: where it was enlarged, theirs may leave it by a part of a pixel.
 
-    Training is the host's: its ground truth would have to be counted as theirs, too.
+    In training the ground truth loses that pixel of the original image, as it is theirs there, and
+    ``assigner`` must count as they do. (A mirrored box of theirs lies further by what a pixel of
+    the original differs from one of the resized image.)
     """
 
     side_offset = 1.0
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> Any:
-        """As the host's; the answers are boxes in this package's convention."""
+        """As the host's; ground truth and answers are boxes in this package's convention."""
         if self.training:
-            return super().forward(batched_inputs)
+            return super().forward([self._as_theirs(item) for item in batched_inputs])
         images, features, predictions = self.predict(batched_inputs)
         found = self.forward_inference(images, features, predictions)
         return [
@@ -54,13 +58,24 @@ class LegacyBoxDetector(OneStageDetector):
             for instances, item in zip(found, batched_inputs, strict=True)
         ]
 
+    def _as_theirs(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        truth = item["instances"]
+        low, high = truth.gt_boxes.tensor.split(2, dim=1)
+        high = torch.maximum(high - self._offset(truth.image_size, item, high), low)
+        fields = {**truth.get_fields(), "gt_boxes": Boxes(torch.cat((low, high), 1))}
+        return {**item, "instances": Instances(truth.image_size, **fields)}
+
     def _in_original(self, found: Instances, item: Mapping[str, Any]) -> Instances:
-        seen_height, seen_width = found.image_size
-        height, width = item.get("height", seen_height), item.get("width", seen_width)
         # Before the scaling, which drops boxes without area: theirs have one.
-        boxes = found.pred_boxes.tensor
-        pixel = boxes.new_tensor([seen_width / width, seen_height / height])
-        found.pred_boxes = Boxes(
-            torch.cat((boxes[:, :2], boxes[:, 2:] + self.side_offset * pixel), 1)
-        )
+        low, high = found.pred_boxes.tensor.split(2, dim=1)
+        high = high + self._offset(found.image_size, item, high)
+        found.pred_boxes = Boxes(torch.cat((low, high), 1))
+        height, width = (item.get(x, y) for x, y in zip(_SIZE, found.image_size, strict=True))
         return detector_postprocess(found, height, width)
+
+    def _offset(self, seen: tuple[int, int], item: Mapping[str, Any], like: Tensor) -> Tensor:
+        """(2,) width and height of an original image's pixel in the one of ``seen`` (H, W)."""
+        height, width = (
+            size / item.get(name, size) for name, size in zip(_SIZE, seen, strict=True)
+        )
+        return self.side_offset * like.new_tensor([width, height])

@@ -25,14 +25,13 @@ from ..structures import (
     foreground,
     stack_ground_truth,
 )
-from .dynamic_points import Points
+from .dynamic_points import SIDES, Points
 from .head import flatten_maps, map_size, prior_bias
 from .matching import index_in_image, matched_truth, read_levels
 from .selection import coarse_boxes
 
 __all__ = ["PDNetAssigner", "PDNetPredictor"]
 
-_SIDES = 4  # left, top, right, bottom, in this order everywhere
 _PRIOR_REACH = 2  # cells from a cell to each side of its prior box
 _CHUNK = 64  # ground-truth boxes that are compared with all predictions at once
 _MIN_AREA = 1e-6  # floor of unions, in square pixels
@@ -42,9 +41,9 @@ _MIN_SIDE = 1e-6  # floor of an object's sides, in pixels
 class CollectedScores(nn.Module):
     """Logits that are votes of several points, each from its own class map (Eq. 5)."""
 
-    def __init__(self, *, num_classes: int, prior_prob: float) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.full((num_classes,), prior_bias(prior_prob)))
+        self.bias = nn.Parameter(torch.full((num_classes,), prior_bias()))
 
     def forward(self, class_maps: list[Tensor], points: list[Tensor]) -> Tensor:
         """(N, P * K, H, W) maps and (N, H * W, P, 2) points of each level -> (N, R, K)."""
@@ -75,7 +74,6 @@ class PDNetPredictor(nn.Module):
         class_points: Points,
         box_points: Points,
         box_levels: Sequence[int] = (-1, 0),
-        prior_prob: float = 0.01,
     ) -> None:
         """
         Args:
@@ -86,7 +84,6 @@ class PDNetPredictor(nn.Module):
             box_levels: pyramid levels on which a side is read, relative to the cell's own: -1 is
                 the next finer one. Several are mixed by predicted weights (Eq. 4); one that does
                 not exist is left out, and if none does, the own level is read.
-            prior_prob: the probability every class starts with.
         """
         super().__init__()
         for name, points in (("class_points", class_points), ("box_points", box_points)):
@@ -95,26 +92,31 @@ class PDNetPredictor(nn.Module):
                     f"predictor.{name} must be an object, such as SemanticPoints(num_points=9), "
                     f"got {points!r}"
                 )
-        if box_points.num_points != _SIDES:
+        if box_points.num_points != SIDES:
             raise ValueError(
-                f"predictor.box_points has {box_points.num_points} points; wanted are {_SIDES}, "
+                f"predictor.box_points has {box_points.num_points} points; wanted are {SIDES}, "
                 "one for each side of a box"
             )
-        if not box_levels or len(set(box_levels)) < len(box_levels):
+        levels = list(box_levels) if isinstance(box_levels, Sequence) else []
+        if not levels or len(set(levels)) < len(levels) or {type(x) for x in levels} != {int}:
             raise ValueError(
-                f"predictor.box_levels is {list(box_levels)}; wanted is at least one level, each "
-                "once, such as [-1, 0]"
+                f"predictor.box_levels is {box_levels}; wanted is a list of at least one level, "
+                "each a whole number and there once, such as [-1, 0]"
             )
         self.num_classes, self.in_channels = num_classes, in_channels
         self.class_outputs = class_points.num_points * num_classes
         self.class_points, self.box_points = class_points, box_points
-        self.box_levels = tuple(box_levels)
-        mixing = _SIDES * len(box_levels) if len(box_levels) > 1 else 0
-        self._fields = (_SIDES, box_points.outputs, class_points.outputs, mixing)
+        self.box_levels = tuple(levels)
+        mixing = SIDES * len(levels) if len(levels) > 1 else 0
+        self._fields = (SIDES, box_points.outputs, class_points.outputs, mixing)
         self.point_pred = nn.Conv2d(in_channels, sum(self._fields), 3, padding=1)
-        self.bbox_pred = nn.Conv2d(in_channels, _SIDES, 1, bias=False)
-        self.cls_score = CollectedScores(num_classes=num_classes, prior_prob=prior_prob)
+        self.bbox_pred = nn.Conv2d(in_channels, SIDES, 1, bias=False)
+        self.cls_score = CollectedScores(num_classes)
         init_conv(self)
+
+    def reset_class_bias(self, value: float) -> None:
+        """Let every class start at this bias."""
+        nn.init.constant_(self.cls_score.bias, value)
 
     def forward(
         self, class_maps: list[Tensor], box_features: list[Tensor], grid: Grid
@@ -123,7 +125,7 @@ class PDNetPredictor(nn.Module):
 
         ``extras`` has ``coarse_boxes`` (N, R, 4), ``boundary_points`` (N, R, 4, 2) of the left,
         top, right and bottom side, and ``class_points`` (N, R, P, 2), all in pixels of the padded
-        input, and ``box_level_weights`` (N, R, 4, L), the share that each pyramid level has in
+        input, and ``box_level_weights`` (N, R, 4, L), the weight that each pyramid level has in
         what was read for a side.
         """
         fields = flatten_maps([self.point_pred(x) for x in box_features], sum(self._fields))
@@ -134,7 +136,7 @@ class PDNetPredictor(nn.Module):
         box_points = self.box_points(grid.cells, base, slides)
         class_points = self.class_points(grid.cells, base, shifts)
         to_pixels = _PixelFrame(grid)
-        edges, shares = self._collect_edges(
+        edges, level_weights = self._collect_edges(
             [self.bbox_pred(x) for x in box_features], box_points, mixing, grid, to_pixels
         )
         return DensePredictions(
@@ -149,7 +151,7 @@ class PDNetPredictor(nn.Module):
                 "coarse_boxes": to_pixels(coarse),
                 "boundary_points": to_pixels(box_points.detach()),
                 "class_points": to_pixels(class_points.detach()),
-                "box_level_weights": shares,
+                "box_level_weights": level_weights,
             },
         )
 
@@ -161,8 +163,8 @@ class PDNetPredictor(nn.Module):
         grid: Grid,
         frame: "_PixelFrame",
     ) -> tuple[Tensor, Tensor]:
-        """(N, R, 4) values in cells that are added to the base, and their levels' shares."""
-        values, shares = [], []
+        """(N, R, 4) values in cells that are added to the base, and their levels' weights."""
+        values, weights = [], []
         for level, (where, logits) in enumerate(
             zip(points.split(grid.level_sizes, 1), mixing.split(grid.level_sizes, 1), strict=True)
         ):
@@ -171,15 +173,15 @@ class PDNetPredictor(nn.Module):
             read = torch.stack(
                 [self._read(maps, where, level, source, frame) for source in sources], dim=-1
             )
-            share = torch.ones_like(read)
+            weight = torch.ones_like(read)
             if len(sources) > 1:
-                offered = logits.unflatten(-1, (_SIDES, -1)).unbind(-1)
-                share = torch.stack([offered[i] for i in wanted], dim=-1).softmax(-1)
-            values.append((share * read).sum(-1))
-            of_source = dict(zip(sources, share.detach().unbind(-1), strict=True))
+                offered = logits.unflatten(-1, (SIDES, -1)).unbind(-1)
+                weight = torch.stack([offered[i] for i in wanted], dim=-1).softmax(-1)
+            values.append((weight * read).sum(-1))
+            of_source = dict(zip(sources, weight.detach().unbind(-1), strict=True))
             nothing = torch.zeros_like(values[-1])
-            shares.append(torch.stack([of_source.get(i, nothing) for i in range(len(maps))], -1))
-        return torch.cat(values, 1), torch.cat(shares, 1)
+            weights.append(torch.stack([of_source.get(i, nothing) for i in range(len(maps))], -1))
+        return torch.cat(values, 1), torch.cat(weights, 1)
 
     @staticmethod
     def _read(
@@ -191,7 +193,7 @@ class PDNetPredictor(nn.Module):
         """
         ratio = frame.ratio(level, source)
         points = _as_map((where + frame.offset) * ratio - frame.offset, maps[level])
-        return flatten_maps([dynamic_point_gather(maps[source], points)], _SIDES) / ratio
+        return flatten_maps([dynamic_point_gather(maps[source], points)], SIDES) / ratio
 
 
 class PDNetAssigner(nn.Module):

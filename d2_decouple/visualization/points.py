@@ -76,6 +76,8 @@ def draw_points(
         (height, width, 3) RGB, uint8, at least 640 pixels wide whatever the image's size; for
         four detections about 1,700.
     """
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; wanted is a whole number from 1")
     if tuple(seen.instances.image_size) != image.shape[:2]:
         raise ValueError(
             f"the points are for an image of height and width {tuple(seen.instances.image_size)}, "
@@ -215,7 +217,7 @@ def _level_rows(readings: Sequence[Reading]) -> list[tuple[_Icon, str]]:
     ]
     if len(shown) > 1:
         # An example: where two levels are mixed, the colours alone do not say what a slice is.
-        rows.append((_mixed_icon(shown), "... mixed: its slices are the levels' shares"))
+        rows.append((_mixed_icon(shown), "... mixed: its slices are the levels' weights"))
     return rows
 
 

@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from detectron2.config import instantiate
 from official_pdnet import BOUND, HEAD, PRED, R50, R101, SEMANTIC, TINY, X101, Network
 from torch import Tensor
+from util import tiny
 
 from d2_decouple.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
 from d2_decouple.checkpoint.convert import CONVERTERS, convert_checkpoint, main
@@ -36,15 +38,9 @@ model.backbone.top_block.in_channels = 8 * TINY.outputs
 dataloader.test.mapper.augmentations[0].update(short_edge_length=96, max_size=160)
 """
 MODELS = {
-    "R-50": (R50, "pdnet_R_50_FPN_2x_official", (), 312, 36_438_938),
-    "R-101": (
-        R101,
-        "pdnet_R_50_FPN_2x_official",
-        ("model.backbone.bottom_up.stages.depth=101",),
-        567,
-        55_378_842,
-    ),
-    "X-101-64x4d": (X101, "pdnet_X_101_64x4d_FPN_2x", (), 567, 94_187_418),
+    "R-50": (R50, "pdnet_R_50_FPN_2x_official", 312, 36_438_938),
+    "R-101": (R101, "pdnet_R_101_FPN_2x_official", 567, 55_378_842),
+    "X-101-64x4d": (X101, "pdnet_X_101_64x4d_FPN_2x_official", 567, 94_187_418),
 }
 NUM_CONSTANTS = 104  # values of the two matrices: the authors' count of parameters has them
 
@@ -57,13 +53,14 @@ def empty_model(name: str, overrides: tuple[str, ...] = ()) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_has_its_place_and_every_place_its_tensor(name: str) -> None:
-    network, recipe, overrides, entries, parameters = MODELS[name]
+    network, recipe, entries, parameters = MODELS[name]
     state = official.numbered(network)
-    model = empty_model(recipe, overrides)
+    model = empty_model(recipe)
     ours = model.state_dict()
     assert len(state) == entries
     assert sum(key.startswith(HEAD) for key in state) == 31
-    tensors, description = convert_pdnet(state)
+    tensors, description, advice = convert_pdnet(state)
+    assert advice.endswith(f"--config-file {recipe} --eval-only train.init_checkpoint=FILE")
     assert {key: tuple(x.shape) for key, x in tensors.items()} == {
         key: tuple(x.shape) for key, x in ours.items()
     }
@@ -107,7 +104,7 @@ def test_names() -> None:
 def test_deformable_blocks(offsets: int, modulated: bool) -> None:
     network = Network(blocks=(3, 4, 23, 3), middle=256, groups=64, offsets=offsets)
     state = official.numbered(network)
-    tensors, description = convert_pdnet(state)
+    tensors, description, _ = convert_pdnet(state)
     name = "backbone.body.layer2.0.conv2"
     ours = "backbone.bottom_up.res3.0.conv2"
     assert torch.equal(tensors[f"{ours}_offset.weight"], state[f"{name}.offset.weight"])
@@ -333,6 +330,27 @@ def test_files_that_exist_or_do_not(tmp_path: Path) -> None:
         convert_checkpoint("pdnet", file, tmp_path, force=True)
     with pytest.raises(CheckpointError, match=r"got \.pkl; name it ours\.pth"):
         convert_checkpoint("pdnet", file, tmp_path / "ours.pkl")
+    with pytest.raises(CheckpointError, match=r"folder .*ours\.pth cannot be made .*another one"):
+        convert_checkpoint("pdnet", file, out / "below.pth")
+
+
+def test_advice_for_other_networks() -> None:
+    """Of another width; and of other classes, whose number is to be typed."""
+    assert (
+        "no recipe here is of R-50 (res2 8 wide)" in convert_pdnet(official.numbered(TINY)).advice
+    )
+    voc = official.numbered(replace(R50, classes=20))
+    assert " model.num_classes=20 train.init_checkpoint=FILE" in convert_pdnet(voc).advice
+
+
+def test_deeper_weights_are_not_evaluated_in_a_shallower_network(tmp_path: Path) -> None:
+    """Each tensor of the small network is in the file of the large one."""
+    model = instantiate(tiny(get_config("pdnet_R_50_FPN_1x")).model)
+    weights = {**model.state_dict(), "backbone.bottom_up.res4.6.conv1.weight": torch.zeros(1)}
+    torch.save({"model": weights}, tmp_path / "deeper.pth")
+    with pytest.raises(CheckpointError, match=r"1 tensors .*another network .*res4\.6\.conv1"):
+        Checkpointer(model, complete=True).load(str(tmp_path / "deeper.pth"), checkpointables=[])
+    Checkpointer(model).load(str(tmp_path / "deeper.pth"), checkpointables=[])  # to train from
 
 
 def test_the_script(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 """Where detections were read: the model's own numbers, in pixels of the original image."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -292,3 +293,15 @@ def test_other_detectors_and_several_looks_are_refused():
 def test_a_limit_is_at_least_one(predictor, limit):
     with pytest.raises(ConfigError, match=f"limit must be a whole number from 1, .* got {limit}"):
         predictor.points(picture(), limit=limit)
+    with pytest.raises(ValueError, match=f"limit is {limit}; wanted is a whole number from 1"):
+        predictor.draw_points(picture(), limit=limit)
+
+
+def test_threads_that_share_a_predictor_do_not_see_each_others_points(predictor):
+    images = [picture() // (1 + index) for index in range(4)]
+    alone = [predictor.points(image).instances.coarse_boxes for image in images]
+    assert len({len(boxes) for boxes in alone}) > 1 or not torch.equal(alone[0], alone[1])
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(predictor.points, images * 8))
+    for index, seen in enumerate(together):
+        assert torch.equal(seen.instances.coarse_boxes, alone[index % 4])

@@ -11,7 +11,7 @@ from detectron2.config import instantiate
 from detectron2.data import transforms as T
 from detectron2.structures import ImageList
 from torch import Tensor
-from util import excite, random_input, tiny
+from util import excite, make_instances, random_input, tiny
 
 from d2_decouple.config import get_config
 from d2_decouple.data.legacy import LegacyResizeShortestEdge
@@ -149,15 +149,29 @@ def test_it_is_the_host_but_for_that_pixel(model: Any) -> None:
         torch.testing.assert_close(found.pred_boxes.tensor, torch.minimum(boxes, limit))
 
 
-def test_it_trains_as_the_host(model: Any) -> None:
-    host = detector(OneStageDetector)
-    host.load_state_dict(model.state_dict())
-    inputs = [random_input((64, 96), 2), random_input((64, 64), 0)]
+def test_it_trains_on_boxes_that_end_with_their_last_pixel(model: Any) -> None:
+    """The first image was halved, so a pixel of its original is half of one; the last box has no
+    more than that, and a box of theirs is never inverted. The second image has no other size.
+    """
+    host = detector(OneStageDetector).train()
     ours = detector().train()
-    ours.load_state_dict(model.state_dict())
-    losses = [part(inputs) for part in (ours, host.train())]
-    assert losses[0].keys() == losses[1].keys()
-    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    for part in (ours, host):
+        part.load_state_dict(model.state_dict())
+    boxes = [[8.0, 4.0, 40.0, 50.0], [60.0, 30.0, 60.25, 30.5]]
+    plain = [make_instances((64, 96), boxes, [0, 1]), make_instances((64, 64), boxes[:1], [2])]
+    theirs = [
+        make_instances((64, 96), [[8.0, 4.0, 39.5, 49.5], [60.0, 30.0, 60.0, 30.0]], [0, 1]),
+        make_instances((64, 64), [[8.0, 4.0, 39.0, 49.0]], [2]),
+    ]
+    images = [random_input((64, 96), 0), random_input((64, 64), 0)]
+    images[0].update(height=128, width=192)
+    del images[1]["height"], images[1]["width"]
+    given = [{**item, "instances": x} for item, x in zip(images, plain, strict=True)]
+    losses = ours(given)
+    wanted = host([{**item, "instances": x} for item, x in zip(images, theirs, strict=True)])
+    assert losses.keys() == wanted.keys()
+    assert all(torch.equal(losses[name], wanted[name]) for name in losses)
+    assert plain[0].gt_boxes.tensor.tolist() == boxes  # what was given stays as it was
 
 
 def test_nothing_found(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:

@@ -141,3 +141,16 @@ def test_offsets_learn_and_boxes_do_not(name: str) -> None:
 def test_unknown_number_of_semantic_points(count: int) -> None:
     with pytest.raises(ValueError, match=rf"num_points is {count}.*\[1, 5, 9, 13, 16\]"):
         SemanticPoints(num_points=count)
+
+
+@pytest.mark.parametrize("kind", [GridPoints, GridOffsetPoints])
+@pytest.mark.parametrize("count", [0, -1, 1.5, True])
+def test_a_number_of_points_is_whole_and_positive(kind: Any, count: Any) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__}.num_points is {count}; wanted is"):
+        kind(num_points=count)
+
+
+@pytest.mark.parametrize("limit", [-1.0, float("nan"), float("inf")])
+def test_limit_is_a_length(limit: float) -> None:
+    with pytest.raises(ValueError, match=f"BoundaryPoints.limit is {limit}; wanted are half edges"):
+        BoundaryPoints(limit=limit)

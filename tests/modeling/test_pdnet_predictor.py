@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.config import instantiate
 from pdnet_loops import Kinds, Level, predict
 from pdnet_parts import (
     CHANNELS,
@@ -23,7 +24,9 @@ from pdnet_parts import (
 from standins import HalfResolution
 from torch import Tensor
 from torchvision.ops import deform_conv2d
+from util import tiny
 
+from d2_decouple.config import get_config
 from d2_decouple.modeling import BoundaryPoints, GridOffsetPoints, PDNetPredictor, SemanticPoints
 from d2_decouple.structures import DensePredictions
 
@@ -317,14 +320,23 @@ def test_facts_and_parameters() -> None:
         assert [tower[i].bias for i in (0, 3, 6, 9)] == [None] * 4
 
 
+def test_the_heads_prior_is_that_of_the_votes() -> None:
+    """Whoever sets the one number that every head has sets it for PDNet, too."""
+    model = tiny(get_config("pdnet_R_50_FPN_1x"))
+    model.model.head.prior_prob = 0.5
+    assert instantiate(model.model).head.predictor.cls_score.bias.eq(0).all()
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "not four sides": (
         {"box_points": GridOffsetPoints(num_points=9)},
         ValueError,
         ["box_points", "9 points", "4", "side"],
     ),
-    "no levels": ({"box_levels": ()}, ValueError, ["box_levels", "[]", "[-1, 0]"]),
-    "a level twice": ({"box_levels": (0, 0)}, ValueError, ["box_levels", "[0, 0]", "once"]),
+    "no levels": ({"box_levels": ()}, ValueError, ["box_levels", "()", "[-1, 0]"]),
+    "a level twice": ({"box_levels": (0, 0)}, ValueError, ["box_levels", "(0, 0)", "once"]),
+    "one number": ({"box_levels": 0}, ValueError, ["box_levels is 0", "list"]),
+    "half a level": ({"box_levels": [-0.5, 0]}, ValueError, ["[-0.5, 0]", "whole number"]),
     "a name for points": ({"box_points": "dynamic"}, TypeError, ["box_points", "'dynamic'"]),
     "a number for points": ({"class_points": 9}, TypeError, ["class_points", "9"]),
     "a class for points": ({"box_points": BoundaryPoints}, TypeError, ["box_points", "object"]),

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For *evaluating* weights that the authors published (tools/convert_checkpoint.py pdnet).
+"""For weights that the authors published, of 2x and of 2xx (tools/convert_checkpoint.py pdnet).
 
 They were trained with maskrcnn-benchmark, which subtracts another mean, cuts image sizes where
 Detectron2 rounds, and counts a box's last pixel as inside it. Detections come out in the convention
-of this package. Type train.init_checkpoint=FILE, for R-101 also
-model.backbone.bottom_up.stages.depth=101; X-101 takes the bottom_up of pdnet_X_101_64x4d_FPN_2x.
-
-It is not for training: ground truth is counted as everywhere here, so the model would unlearn the
-difference. To train, also from converted weights, take pdnet_R_50_FPN_2x.
+of this package, and ground truth goes in so. Type train.init_checkpoint=FILE. To begin a training
+with random or ImageNet's weights take pdnet_R_50_FPN_2x, which has nothing of this.
 """
 
 from d2_decouple.data.legacy import LegacyResizeShortestEdge
