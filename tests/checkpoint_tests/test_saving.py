@@ -51,14 +51,16 @@ def save_for_ever(folder, start):
 
 def test_killed_while_saving_ten_times_it_can_always_be_resumed(tmp_path):
     random.seed(0)
-    reached, unfinished = 0, 0
-    for _ in range(10):
+    reached, unfinished, kills = 0, 0, 0
+    while kills < 10 or unfinished < 3:  # on a busy machine most kills fall between two files
+        kills += 1
+        assert kills <= 60
         before = reached
         process = multiprocessing.get_context("fork").Process(
             target=save_for_ever, args=(str(tmp_path), reached + 1)
         )
         process.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         tag = tmp_path / "last_checkpoint"
         begun = time.time()
         while not tag.is_file() or tag.stat().st_mtime < begun:  # until this process has saved
@@ -67,14 +69,13 @@ def test_killed_while_saving_ten_times_it_can_always_be_resumed(tmp_path):
         time.sleep(random.uniform(0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join(10)
-        unfinished += bool(list(tmp_path.glob("*.tmp")))
+        unfinished += bool(list(tmp_path.glob("*.tmp")))  # killed in the middle of writing
 
         model, counter = Model(), Counter()
         Checkpointer(model, str(tmp_path), counter=counter).resume_or_load("", resume=True)
         reached = counter.count
         assert reached > before
         assert (model.backbone.weight == reached).all()
-    assert unfinished >= 3  # it was indeed killed in the middle of writing
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
