@@ -13,8 +13,8 @@ def test_both_sides_of_the_fcos_rows_select_among_planted_candidates(
 ) -> None:
     """Random weights detect nothing, which would hide the cost of selection."""
     monkeypatch.setattr(fcos, "_SIZE", (128, 160))
-    (ours,) = fcos._our_inference(fcos._our_fcos)()
-    (theirs,) = fcos._torchvision_inference(fcos._torchvision_fcos)()
+    (ours,) = fcos.ROWS["fcos_inference"].ours()()
+    (theirs,) = fcos.ROWS["fcos_inference"].reference()()
     assert len(ours["instances"]) == len(theirs["scores"]) == 100
     for precision in ("float32", "bfloat16"):
         found = fcos._our_predictor(precision)()
