@@ -49,16 +49,18 @@ def excited(predictor: PDNetPredictor, scale: float = 0.3) -> PDNetPredictor:
     return predictor.double()
 
 
-def predictor_of(kinds: Kinds, channels: int = CHANNELS) -> PDNetPredictor:
-    return excited(
-        PDNetPredictor(
-            num_classes=K,
-            in_channels=channels,
-            class_points=class_points(kinds),
-            box_points=box_points(kinds),
-            box_levels=kinds.box_levels,
-        )
+def fresh_predictor(kinds: Kinds, channels: int, classes: int = K) -> PDNetPredictor:
+    return PDNetPredictor(
+        num_classes=classes,
+        in_channels=channels,
+        class_points=class_points(kinds),
+        box_points=box_points(kinds),
+        box_levels=kinds.box_levels,
     )
+
+
+def predictor_of(kinds: Kinds, channels: int = CHANNELS) -> PDNetPredictor:
+    return excited(fresh_predictor(kinds, channels))
 
 
 def grid_of(sizes: Sizes, offset: float = 0.0, dtype: torch.dtype = DOUBLE) -> Grid:
@@ -74,13 +76,7 @@ def head_of(kinds: Kinds, context: Any = None, channels: int = 64, classes: int 
     context = context or SharedContext(channels=channels)
     return DenseHead(
         context=context,
-        predictor=PDNetPredictor(
-            num_classes=classes,
-            in_channels=channels,
-            class_points=class_points(kinds),
-            box_points=box_points(kinds),
-            box_levels=kinds.box_levels,
-        ),
+        predictor=fresh_predictor(kinds, channels, classes),
         strides=STRIDES,
         offset=0.0,
         cls_conv_dims=[channels] * 4,

@@ -27,10 +27,15 @@ CLASSES = 80
 PLANTED = 4  # classes that every location predicts: about 1,000 candidates a level
 
 
-def plant(class_bias: Tensor) -> None:
-    """Make a random network propose: the first classes score high everywhere."""
+def plant(class_bias: Tensor, distance_bias: Tensor | None = None) -> None:
+    """Make a random network propose: the first classes score high everywhere.
+
+    Where boxes are given by four distances, these become 2 strides each, so that boxes overlap.
+    """
     with torch.no_grad():
         class_bias[:PLANTED] = 1.0
+        if distance_bias is not None:
+            distance_bias[:] = 2.0
 
 
 def image(size: Size) -> Tensor:

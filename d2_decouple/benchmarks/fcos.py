@@ -26,19 +26,12 @@ _FCOS_SETTING = (
 )
 
 
-def _plant(class_bias: torch.Tensor, box_bias: torch.Tensor) -> None:
-    """Make random weights propose: some classes everywhere, boxes that overlap."""
-    plant(class_bias)
-    with torch.no_grad():
-        box_bias[:] = 2.0
-
-
 def _our_fcos() -> nn.Module:
     torch.manual_seed(0)
     recipe = get_config("fcos_R_50_FPN_1x_d2")
     recipe.model.backbone.bottom_up.stages.stride_in_1x1 = False  # as torchvision's
     model = instantiate(recipe.model)
-    _plant(model.head.cls_score.bias, model.head.predictor.bbox_pred.bias)
+    plant(model.head.cls_score.bias, model.head.predictor.bbox_pred.bias)
     return model
 
 
@@ -52,7 +45,7 @@ def _torchvision_fcos() -> nn.Module:
         extra_blocks=LastLevelP6P7(256, 256),
     )
     model = TorchvisionFCOS(backbone, num_classes=CLASSES)
-    _plant(model.head.classification_head.cls_logits.bias, model.head.regression_head.bbox_reg.bias)
+    plant(model.head.classification_head.cls_logits.bias, model.head.regression_head.bbox_reg.bias)
     return model
 
 

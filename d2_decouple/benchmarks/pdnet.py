@@ -33,9 +33,7 @@ def _fcos() -> nn.Module:
     recipe = get_config("fcos_R_50_FPN_1x").model
     recipe.backbone.top_block.update(in_feature="res5", in_channels=2048)  # as PDNet has it
     model = instantiate(recipe)
-    plant(model.head.cls_score.bias)
-    with torch.no_grad():
-        model.head.predictor.bbox_pred.bias[:] = 2.0
+    plant(model.head.cls_score.bias, model.head.predictor.bbox_pred.bias)
     return model
 
 

@@ -10,7 +10,8 @@ strides elsewhere is refused: it would load without a word and be several AP wor
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ import torch
 from detectron2.modeling.backbone import ResNet
 from torch import Tensor, nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, listed
 
+_listed = partial(listed, most=3)
 __all__ = ["IMAGENET", "Normalization", "convert_resnet", "fit_backbone", "unwrap"]
 
 _logger = logging.getLogger(__name__)
@@ -353,8 +355,3 @@ def _without_counters(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rounded(values: Tensor) -> str:
     return "[" + ",".join(f"{value:.2f}" for value in values.tolist()) + "]"
-
-
-def _listed(items: Iterable[str]) -> str:
-    items = list(items)
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if items[3:] else "")

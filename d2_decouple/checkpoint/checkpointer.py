@@ -3,7 +3,8 @@
 
 import logging
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from .backbones import fit_backbone, unwrap
-from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError
+from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError, listed
 from .files import read_torch_file, reading, write_whole
 from .sources import local_file, read_safetensors
 
+_listed = partial(listed, most=6)
 __all__ = ["BEST", "CheckpointError", "Checkpointer", "DamagedCheckpointError"]
 
 BEST = "model_best"
@@ -23,7 +25,6 @@ BEST = "model_best"
 _LAST = "last_checkpoint"
 _CLASS_LAYER = "cls_score"
 _logger = logging.getLogger(__name__)
-_SHOWN = 6
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -262,8 +263,3 @@ def _with_shapes(name: str, file: Mapping[str, Any], model: Mapping[str, torch.T
     if other is None or tuple(other.shape) == tuple(model[name].shape):
         return name
     return f"{name} ({tuple(other.shape)} in the file, {tuple(model[name].shape)} here)"
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(list(names)[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

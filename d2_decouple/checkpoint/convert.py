@@ -57,7 +57,7 @@ def convert_checkpoint(
         )
     if not source.is_file():
         raise CheckpointError(f"there is no file {source}; give the weights that were published")
-    _check_target(source, target, force)
+    _prepare_target(source, target, force)
     try:
         converted = CONVERTERS[method](_tensors(read_torch_file(str(source))))
     except CheckpointError as error:
@@ -75,7 +75,8 @@ def convert_checkpoint(
     )
 
 
-def _check_target(source: Path, target: Path, force: bool) -> None:
+def _prepare_target(source: Path, target: Path, force: bool) -> None:
+    """Make the folder of the file, unless the file cannot or must not be written."""
     if target.suffix in _OTHER_FORMATS:
         raise CheckpointError(
             f"{target} would be read as another format, got {target.suffix}; name it "

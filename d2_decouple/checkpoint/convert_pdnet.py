@@ -8,13 +8,15 @@ bottom, so rows of two layers change places; every other tensor is only renamed.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, listed
 
+_listed = partial(listed, most=8)
 __all__ = ["Converted", "convert_pdnet"]
 
 _DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -27,7 +29,6 @@ _NUM_POINTS = 9
 _POINT_ROWS = 34  # 4 of the coarse box, 4 slides, 9 x 2 offsets, 4 x 2 shares of levels
 _HEAD = "rpn.head."
 _PREDICTORS = f"{_HEAD}pred_head."
-_SHOWN = 8
 
 Shape = tuple[int | str, ...]  # a letter stands for a width that the file tells
 
@@ -301,8 +302,3 @@ def _shape(value: Tensor) -> tuple[int, ...]:
 
 def _text(shape: Sequence[int | str]) -> str:
     return f"({', '.join(map(str, shape))})"
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

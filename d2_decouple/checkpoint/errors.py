@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What everything here raises when weights cannot be used."""
 
-__all__ = ["WEIGHTS_KEYS", "CheckpointError", "DamagedCheckpointError"]
+from collections.abc import Iterable
+
+__all__ = ["WEIGHTS_KEYS", "CheckpointError", "DamagedCheckpointError", "listed"]
 
 #: Where a user sets the weights, for messages.
 WEIGHTS_KEYS = "train.init_checkpoint (yacs: MODEL.WEIGHTS)"
@@ -13,3 +15,10 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """A file that is no checkpoint, or only a part of one."""
+
+
+def listed(names: Iterable[str], most: int) -> str:
+    """The first names for a message, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if names[most:] else ""
+    return ", ".join(names[:most]) + more

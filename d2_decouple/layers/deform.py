@@ -16,6 +16,8 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
+from .precision import at_least_float32
+
 __all__ = ["DeformBottleneckBlock", "DeformConv", "deform_from_res3", "resnext_block"]
 
 _TAPS = 9  # of a 3x3 convolution
@@ -65,13 +67,13 @@ class DeformConv(DeformConv2d):
         """
         with torch.autocast(input.device.type, enabled=False):
             output = deform_conv2d(
-                _at_least_float32(input),
-                _at_least_float32(offset),
-                _at_least_float32(self.weight),
+                at_least_float32(input),
+                at_least_float32(offset),
+                at_least_float32(self.weight),
                 stride=self.stride,
                 padding=self.padding,
                 dilation=self.dilation,
-                mask=None if mask is None else _at_least_float32(mask),
+                mask=None if mask is None else at_least_float32(mask),
             )
         output = output.to(input.dtype)
         return output if self.norm is None else self.norm(output)
@@ -95,17 +97,13 @@ class _OffsetConv(DeformConv2d):
         """(N, C, H, W) -> (N, out_channels, H', W')."""
         with torch.autocast(input.device.type, enabled=False):
             return F.conv2d(
-                _at_least_float32(input),
+                at_least_float32(input),
                 self.weight,
                 self.bias,
                 self.stride,
                 self.padding,
                 self.dilation,
             )
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class DeformBottleneckBlock(BottleneckBlock):

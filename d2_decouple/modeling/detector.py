@@ -12,8 +12,9 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ..layers.precision import at_least_float32
 from ..structures import DensePredictions, DenseTargets, foreground
-from .head import DenseHead, at_least_float32
+from .head import DenseHead
 
 __all__ = ["OneStageDetector"]
 
@@ -109,7 +110,7 @@ class OneStageDetector(DenseDetector):
     ) -> dict[str, Tensor]:
         """Assign, then evaluate the named terms."""
         with torch.autocast(predictions.boxes.device.type, enabled=False):
-            levels = at_least_float32(features[-len(predictions.level_sizes) :])
+            levels = [at_least_float32(x) for x in features[-len(predictions.level_sizes) :]]
             targets = self.assigner(levels, predictions, gt_instances)
             losses = {name: term(predictions, targets) for name, term in self.losses.items()}
         self._log_positives(targets)  # last, since it waits for the device

@@ -32,7 +32,7 @@ from ..structures import (
     stack_ground_truth,
 )
 from .head import flatten_maps, map_size
-from .matching import index_in_image, matched_truth, read_levels
+from .matching import claimed_index, index_in_image, matched_truth, read_levels
 
 __all__ = ["FCOSAssigner", "FCOSPredictor", "unit_weight"]
 
@@ -173,15 +173,12 @@ class FCOSAssigner(nn.Module):
         distances = boxes_to_distances(locations, boxes)
         reach = distances.amax(-1)
         low, high = self._size_limits(levels.stride)
-        claim = (cells >= 0).all(-1) & (cells < levels.extent[:, None]).all(-1)
-        claim &= (distances.amin(-1) > 0) & (reach >= low) & (reach <= high)
+        claim = (distances.amin(-1) > 0) & (reach >= low) & (reach <= high)
         claim &= ((locations - middle).abs() < self.radius * levels.stride[:, None]).all(-1)
 
-        total = sum(predictions.level_sizes)
-        index = (cells[..., 1] * levels.extent[:, :1] + cells[..., 0]).long() + levels.start
-        index += truth.image_index[:, None, None] * total
-        index = torch.where(claim, index, num_images * total)
-        return _smallest_claim(index, truth.boxes, num_images * total).view(num_images, total)
+        shape = (num_images, sum(predictions.level_sizes))
+        index = claimed_index(cells, claim, levels, truth.image_index, shape)
+        return _smallest_claim(index, truth.boxes, math.prod(shape)).view(shape)
 
     def _size_limits(self, strides: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest reach in pixels of each level, (L, 1) each."""

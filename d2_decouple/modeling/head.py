@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.points import Grid, make_grid
+from ..layers.precision import at_least_float32
 from ..layers.tower import conv_tower, init_conv
 from ..structures import DensePredictions
 
@@ -250,7 +251,10 @@ class DenseHead(nn.Module):
             class_maps.append(self.cls_score(cls_feature, map_size(feature)))
             box_maps.append(box_feature)
         with torch.autocast(features[0].device.type, enabled=False):
-            return self._predict(at_least_float32(class_maps), at_least_float32(box_maps), aligned)
+            class_maps, box_maps = (
+                [at_least_float32(x) for x in maps] for maps in (class_maps, box_maps)
+            )
+            return self._predict(class_maps, box_maps, aligned)
 
     def _predict(
         self, class_maps: list[Tensor], box_maps: list[Tensor], aligned: list[Any]
@@ -337,8 +341,3 @@ class DenseHead(nn.Module):
                 "; ".join(f"{name}: {shapes}" for name, shapes in misfits.items()),
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def at_least_float32(maps: Sequence[Tensor]) -> list[Tensor]:
-    """The maps, those in half precision converted."""
-    return [x if x.dtype == torch.float64 else x.float() for x in maps]

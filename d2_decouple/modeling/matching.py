@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..structures import DensePredictions, GroundTruth
 
-__all__ = ["Levels", "index_in_image", "matched_truth", "read_levels"]
+__all__ = ["Levels", "claimed_index", "index_in_image", "matched_truth", "read_levels"]
 
 
 class Levels(NamedTuple):
@@ -54,6 +54,25 @@ def read_levels(predictions: DensePredictions, sizes: Sequence[tuple[int, int]])
 def _sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Integers as a tensor on the device, without waiting for it."""
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
+
+
+def claimed_index(
+    cells: Tensor, claim: Tensor, levels: Levels, image_index: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """(G, ...) indices among the N * R predictions, N * R where a cell is not claimed.
+
+    Args:
+        cells: (G, ..., 2) whole numbers (x, y); those that their level does not have are nobody's.
+        claim: (G, ...) whether the box of the batch wants that cell.
+        levels: all of them, for cells (G, L, S, 2), or one for each box, for cells (G, S, 2).
+        image_index: (G,) image of each box.
+        shape: N images and R predictions of one.
+    """
+    extent = levels.extent[:, None]
+    claim = claim & (cells >= 0).all(-1) & (cells < extent).all(-1)
+    index = (cells[..., 1] * extent[..., 0] + cells[..., 0]).long() + levels.start
+    index += image_index.view(-1, *[1] * (index.dim() - 1)) * shape[1]
+    return torch.where(claim, index, shape[0] * shape[1])
 
 
 def matched_truth(

@@ -7,6 +7,7 @@ are read, and points spread over it say where the class is read. Both kinds move
 the losses behind them train. Details that the paper leaves open are those of the authors' code.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -27,7 +28,7 @@ from ..structures import (
 )
 from .dynamic_points import SIDES, Points
 from .head import flatten_maps, map_size, prior_bias
-from .matching import index_in_image, matched_truth, read_levels
+from .matching import Levels, claimed_index, index_in_image, matched_truth, read_levels
 from .selection import coarse_boxes
 
 __all__ = ["PDNetAssigner", "PDNetPredictor"]
@@ -290,20 +291,19 @@ class PDNetAssigner(nn.Module):
     ) -> Tensor:
         """(N, R) index of the object whose middle is nearest, on the level of its size, else G."""
         levels = read_levels(predictions, sizes)
-        count, total = len(truth.boxes), num_images * sum(predictions.level_sizes)
+        shape = (num_images, sum(predictions.level_sizes))
+        count, total = len(truth.boxes), math.prod(shape)
         middle, sides = (truth.boxes[:, :2] + truth.boxes[:, 2:]) / 2, self._sides(truth.boxes)
         limits = (8 * levels.stride[:-1, 0]).square()
         level = (sides.prod(-1)[:, None] >= limits).sum(1)  # an object has 4 to 8 strides
-        stride, extent = levels.stride[level][:, None], levels.extent[level][:, None]
-        at = (middle - levels.origin[level])[:, None] / stride  # (G, 1, 2) cells
+        own = Levels(*(x[level] for x in levels))
+        stride = own.stride[:, None]
+        at = (middle - own.origin)[:, None] / stride  # (G, 1, 2) cells
         # A middle halfway between two cells has both: two candidates in x, and two in y.
         steps = grid_cells((2, 2), device=at.device, dtype=at.dtype)
         cells = (at - 0.5).ceil() + steps  # (G, 4, 2)
         claim = ((cells - at).abs() <= 0.5).all(-1)
-        claim &= (cells >= 0).all(-1) & (cells < extent).all(-1)
-        index = (cells[..., 1] * extent[..., 0] + cells[..., 0]).long() + levels.start[level]
-        index += truth.image_index[:, None] * sum(predictions.level_sizes)
-        index = torch.where(claim, index, total)
+        index = claimed_index(cells, claim, own, truth.image_index, shape)
         # Of several objects the one whose middle is nearest, in shares of its sides, has the cell.
         shares = (cells - at) * stride / sides.clamp(min=_MIN_SIDE)[:, None]
         distance = shares.norm(dim=-1)
@@ -313,7 +313,7 @@ class PDNetAssigner(nn.Module):
         objects = torch.arange(count, device=index.device)[:, None].expand_as(index)
         matched = index.new_full((total + 1,), count)
         matched.scatter_reduce_(0, index.flatten(), objects.flatten(), "amin")
-        return matched[:total].view(num_images, -1)
+        return matched[:total].view(shape)
 
     def _overlapping(self, truth: GroundTruth, predictions: DensePredictions) -> Tensor:
         """(N, R) index of the object that each prediction learns, G where there is none."""
