@@ -224,7 +224,8 @@ def add_decouple_config(cfg: Any) -> None:
 
     * ``MODEL_FILE``: name or path of a recipe whose ``model`` is built.
     * ``NUM_CLASSES``, ``SCORE_THRESH_TEST``, ``NMS_THRESH_TEST``: replace the recipe's value
-      when they are not None.
+      when they are not None. Detectron2's own keys of these (``MODEL.ROI_HEADS``, ...) are not
+      looked at; of a two-stage model the backbone alone is the yacs config's.
     * ``OVERRIDES``: a list of ``model.key=value`` for everything else, and of ``train.key=value``
       for ``amp.dtype``, ``accumulate``, ``max_grad_norm`` and ``ema``.
 
@@ -246,26 +247,62 @@ def add_decouple_config(cfg: Any) -> None:
     cfg.MODEL.DECOUPLE.OVERRIDES = []
 
 
-_YACS_VALUES = {
-    "NUM_CLASSES": "model.num_classes",
-    "SCORE_THRESH_TEST": "model.selection.candidates.test_score_thresh",
-    "NMS_THRESH_TEST": "model.selection.nms.test_nms_thresh",
+_YACS_VALUES = {  # of a one-stage model, and of a two-stage one
+    "NUM_CLASSES": ("model.num_classes", "model.roi_heads.num_classes"),
+    "SCORE_THRESH_TEST": (
+        "model.selection.candidates.test_score_thresh",
+        "model.roi_heads.selection.test_score_thresh",
+    ),
+    "NMS_THRESH_TEST": (
+        "model.selection.nms.test_nms_thresh",
+        "model.roi_heads.selection.nms.test_nms_thresh",
+    ),
 }
 
 
-def instantiate_parts(cfg: Any) -> dict[str, Any]:
+def instantiate_parts(
+    cfg: Any, node: str = "", input_shape: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Build the parts of the model that a yacs config names: constructor argument -> object.
 
     ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` are taken from the yacs config,
     since its data loader follows the first of them.
 
+    Args:
+        cfg: the yacs config.
+        node: which part of the recipe's model is meant, such as "roi_heads"; by default all.
+        input_shape: the maps of the backbone that it will work on, compared with the recipe's.
+
     Raises:
-        ConfigError: ``MODEL.DECOUPLE`` or its ``MODEL_FILE`` is missing or unknown.
+        ConfigError: ``MODEL.DECOUPLE`` or its ``MODEL_FILE`` is missing or unknown, the recipe
+            has no such part, or the maps are not those of the recipe's backbone.
     """
     from detectron2.config import instantiate
 
     lazy = door_model(cfg)
-    return {name: instantiate(part) for name, part in lazy.items() if name != "_target_"}
+    if node and node not in lazy:
+        raise ConfigError(
+            f"MODEL.DECOUPLE.MODEL_FILE is {cfg.MODEL.DECOUPLE.MODEL_FILE!r}, whose model has no "
+            f"{node}; name a recipe of a two-stage detector, such as decoupled_rcnn_R_50_FPN_1x, "
+            "or set MODEL.META_ARCHITECTURE OneStageDetector"
+        )
+    if node and input_shape is not None:
+        _check_maps(lazy[node], node, lazy.backbone.out_channels, input_shape)
+    chosen = lazy[node] if node else lazy
+    return {name: instantiate(part) for name, part in chosen.items() if name != "_target_"}
+
+
+def _check_maps(part: Any, node: str, channels: int, shapes: Mapping[str, Any]) -> None:
+    """Compare the maps of a yacs config's backbone with what a recipe's part expects."""
+    wanted = [str(name) for key in ("in_features", "box_in_features") for name in part.get(key, [])]
+    got = {name: shapes[name].channels for name in wanted if name in shapes}
+    if got.keys() != set(wanted) or set(got.values()) != {channels}:
+        raise ConfigError(
+            f"the recipe's {node} works on {wanted} of {channels} channels each, the yacs "
+            f"config's backbone gives { ({name: x.channels for name, x in shapes.items()}) }; set "
+            f"MODEL.BACKBONE.NAME build_resnet_fpn_backbone and MODEL.FPN.OUT_CHANNELS {channels}, "
+            "or name another MODEL.DECOUPLE.MODEL_FILE"
+        )
 
 
 def door_model(cfg: Any) -> Any:
@@ -289,9 +326,11 @@ def door_recipe(cfg: Any) -> Any:
             "MODEL.DECOUPLE.MODEL_FILE is empty: name a recipe, as in "
             f"MODEL_FILE: fcos_R_50_FPN_1x ({', '.join(config_names())})"
         )
-    values = {key: door[name] for name, key in _YACS_VALUES.items() if door[name] is not None}
-    overrides = [f"{key}={value}" for key, value in values.items()]
-    recipe = get_config(door.MODEL_FILE, [*overrides, *door.OVERRIDES])
+    recipe = get_config(door.MODEL_FILE)
+    two_stages = "roi_heads" in recipe.model
+    values = {keys[two_stages]: door[name] for name, keys in _YACS_VALUES.items()}
+    overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
+    recipe = apply_overrides(recipe, [*overrides, *door.OVERRIDES])
     # Slots may depend on the length of the training, which is the yacs config's to say.
     recipe.train.max_iter = cfg.SOLVER.MAX_ITER
     recipe.model.update(

@@ -12,7 +12,7 @@ from detectron2.config import instantiate
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock
 from detectron2.structures import Boxes, Instances
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from d2_decouple.config import get_config
@@ -42,7 +42,7 @@ def tiny_resnet(*, norm: str = "FrozenBN", freeze_at: int = 2) -> ResNet:
 
 
 def tiny(cfg: Any, *, num_classes: int = 3, convs: int = 1) -> Any:
-    """Make a one-stage recipe small in place: what it says about slots stays as it is.
+    """Make a recipe small in place: what it says about slots stays as it is.
 
     The bottom-up network is replaced, widths become ``WIDTH``, towers get at most ``convs``
     convolutions, and there are ``num_classes`` classes.
@@ -53,6 +53,9 @@ def tiny(cfg: Any, *, num_classes: int = 3, convs: int = 1) -> Any:
         norm=bottom_up.stem.norm, freeze_at=bottom_up.freeze_at
     )
     _narrow(model)
+    if "roi_heads" in model:
+        model.roi_heads.num_classes = num_classes
+        return cfg
     top_block = model.backbone.top_block
     if top_block.in_feature == "res5":
         top_block.in_channels = BOTTOM_UP_CHANNELS[-1]
@@ -70,8 +73,11 @@ def _narrow(node: Any) -> None:
             continue
         if isinstance(node[key], DictConfig):
             _narrow(node[key])
-        elif "conv_dims" in key:
+        elif "conv_dims" in key or "fc_dims" in key:
             node[key] = [WIDTH] * len(node[key])
+        elif isinstance(node[key], ListConfig):
+            for item in node[key]:
+                _narrow(item)
         elif "channels" in key:
             node[key] = WIDTH
 

@@ -50,6 +50,7 @@ _NUM_CLASSES = ("model.num_classes", "model.roi_heads.num_classes")
 _SCORE_THRESH = (
     "model.selection.candidates.test_score_thresh",
     "model.test_score_thresh",
+    "model.roi_heads.selection.test_score_thresh",
     "model.roi_heads.box_predictor.test_score_thresh",
 )
 _YACS_NUM_CLASSES = ("DECOUPLE.NUM_CLASSES", "RETINANET.NUM_CLASSES", "ROI_HEADS.NUM_CLASSES")

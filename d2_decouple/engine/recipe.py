@@ -32,7 +32,12 @@ from ..data.augmentation import BoxAwareMapper
 from ..data.checks import check_datasets
 from ..data.loader import DataError, TrainLoader
 from ..evaluation import BoxEvaluator
-from ..modeling import OneStageDetector, TestTimeAugmentation
+from ..modeling import (
+    DecoupledROIHeads,
+    DecoupledRPN,
+    OneStageDetector,
+    TestTimeAugmentation,
+)
 from .trainer import Loader, unwrapped
 
 __all__ = ["Recipe", "check_data", "check_recipe", "lazy_recipe", "yacs_recipe"]
@@ -111,6 +116,7 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
             "at a time; name one, or use a yacs config with several DATASETS.TEST"
         )
     (test_set.names,) = _names(test_set.names)
+    key, num_classes = _class_count(cfg.model)
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         cfg.optimizer.params.model = model
@@ -142,8 +148,8 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         log_period=options.log_period,
         train_datasets=_names(cfg.dataloader.train.dataset.names),
         test_datasets=(test_set.names,),
-        num_classes=cfg.model.get("num_classes"),
-        type_num_classes="model.num_classes={}",
+        num_classes=num_classes,
+        type_num_classes=key + "={}",
         type_output_dir="train.output_dir={}",
         type_device="train.device={}",
         model=lambda: instantiate(cfg.model).to(options.device),
@@ -153,6 +159,13 @@ def lazy_recipe(cfg: DictConfig) -> Recipe:
         evaluations=evaluations,
         evaluated=lambda model: _augmented(model, cfg, tta) if augmented else model,
     )
+
+
+def _class_count(model: DictConfig) -> tuple[str, int | None]:
+    """Where a lazy model says its number of classes, and the number, None if it does not."""
+    if "num_classes" not in model and "num_classes" in model.get("roi_heads", {}):
+        return "model.roi_heads.num_classes", model.roi_heads.num_classes
+    return "model.num_classes", model.get("num_classes")
 
 
 def _augmented(model: nn.Module, cfg: DictConfig, tta: Mapping[str, Any]) -> nn.Module:
@@ -168,9 +181,13 @@ def yacs_recipe(cfg: CfgNode) -> Recipe:
     """The recipe of a yacs config whose model comes through ``MODEL.DECOUPLE``."""
     _refuse_ignored(cfg)
     register_bccd()
-    ours = OneStageDetector.__name__ == cfg.MODEL.META_ARCHITECTURE
+    ours = (
+        OneStageDetector.__name__ == cfg.MODEL.META_ARCHITECTURE
+        or DecoupledRPN.__name__ == cfg.MODEL.PROPOSAL_GENERATOR.NAME
+        or DecoupledROIHeads.__name__ == cfg.MODEL.ROI_HEADS.NAME
+    )
     door = door_recipe(cfg) if ours else None
-    num_classes = None if door is None else door.model.num_classes
+    num_classes = None if door is None else _class_count(door.model)[1]
     options = {} if door is None else door.train
 
     def evaluations() -> Iterable[tuple[str, Iterable[Any], DatasetEvaluator]]:

@@ -63,6 +63,17 @@ ROWS = (
         Row(recipe=recipe, hosts=("fcos_R_18_FPN_bccd", "pdnet_R_18_FPN_bccd_off"))
         for recipe in ("pdnet_R_18_FPN_bccd_cls", "pdnet_R_18_FPN_bccd_box", "pdnet_R_18_FPN_bccd")
     ),
+    Row(recipe="faster_rcnn_R_18_FPN_bccd_d2"),
+    Row(recipe="cascade_rcnn_R_18_FPN_bccd_d2", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),
+    Row(recipe="decoupled_rcnn_R_18_FPN_bccd_single", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),
+    Row(
+        recipe="decoupled_rcnn_R_18_FPN_bccd",
+        hosts=(
+            "faster_rcnn_R_18_FPN_bccd_d2",
+            "cascade_rcnn_R_18_FPN_bccd_d2",
+            "decoupled_rcnn_R_18_FPN_bccd_single",
+        ),
+    ),
 )
 
 

@@ -2,6 +2,8 @@
 """The detector and what goes into its slots. Importing this registers with Detectron2."""
 
 from .augmented import TestTimeAugmentation
+from .decoupled_rcnn import DecoupledROIHeads
+from .decoupled_rpn import DecoupledProposals, DecoupledRPN
 from .detector import OneStageDetector
 from .dynamic_points import (
     BoundaryPoints,
@@ -14,6 +16,15 @@ from .fcos import FCOSAssigner, FCOSPredictor, unit_weight
 from .head import ClassPredictor, DenseHead, SharedContext
 from .pdnet import PDNetAssigner, PDNetPredictor
 from .pyramid import FPN, FoldedConv2d, fold_frozen_norms
+from .regions import RegionSelection
+from .roi_branches import (
+    BoxBranch,
+    ClassBranch,
+    ConvBoxBranch,
+    ConvHead,
+    FCHead,
+    SharedBoxBranch,
+)
 from .selection import (
     BestLocations,
     BestPairs,
@@ -36,9 +47,17 @@ __all__ = [
     "BestLocations",
     "BestPairs",
     "BoundaryPoints",
+    "BoxBranch",
+    "ClassBranch",
     "ClassPredictor",
+    "ConvBoxBranch",
+    "ConvHead",
+    "DecoupledProposals",
+    "DecoupledROIHeads",
+    "DecoupledRPN",
     "DenseHead",
     "EdgeMidpoints",
+    "FCHead",
     "FCOSAssigner",
     "FCOSPredictor",
     "FocalTerm",
@@ -53,8 +72,10 @@ __all__ = [
     "PDNetAssigner",
     "PDNetPredictor",
     "QualityTerm",
+    "RegionSelection",
     "Selection",
     "SemanticPoints",
+    "SharedBoxBranch",
     "SharedContext",
     "SoftNMS",
     "TestTimeAugmentation",

@@ -5,7 +5,6 @@ The head turns pyramid features into boxes. It knows strides and coordinates, an
 truth, losses nor any paper.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +16,7 @@ from ..layers.points import Grid, make_grid
 from ..layers.precision import at_least_float32
 from ..layers.tower import conv_tower, init_conv
 from ..structures import DensePredictions
+from .loading import drop_misfits
 
 __all__ = [
     "Aligner",
@@ -31,7 +31,6 @@ __all__ = [
     "prior_bias",
 ]
 
-_logger = logging.getLogger(__name__)
 Size = tuple[int, int]
 
 
@@ -320,24 +319,11 @@ class DenseHead(nn.Module):
     ) -> None:
         # Runs before the children load, and after fvcore has compared shapes by name: the names
         # that are translated here are the ones it could not know.
-        own = {f"{prefix}{name}": value for name, value in self.state_dict().items()}
         nested_children = dict(self.get_submodule("predictor").named_children())
         for child in nested_children.keys() - dict(self.named_children()).keys():
             flat = f"{prefix}{child}."
             for name in [key for key in state_dict if key.startswith(flat)]:
                 nested = f"{prefix}predictor.{child}.{name[len(flat) :]}"
                 state_dict[nested] = state_dict.pop(name)
-        misfits = {
-            name: f"{tuple(state_dict[name].shape)} in the file, {tuple(value.shape)} here"
-            for name, value in own.items()
-            if name in state_dict and state_dict[name].shape != value.shape
-        }
-        for name in misfits:
-            del state_dict[name]
-        if misfits:
-            _logger.warning(
-                "%d tensors of the head have another shape and keep their initial values: %s",
-                len(misfits),
-                "; ".join(f"{name}: {shapes}" for name, shapes in misfits.items()),
-            )
+        drop_misfits(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -2,6 +2,7 @@
 """How each kind of golden case is compared; ``verify_golden.py`` beside this folder says more."""
 
 from .case import Adapter, Case, GoldenError, load_case, read_json
+from .decoupled_rcnn import decoupled_proposals, decoupled_rcnn_head
 from .fcos import fcos_targets
 from .pdnet import pdnet_head, pdnet_infer, pdnet_loss
 from .point_gather import deformable_points, pdnet_collect
@@ -9,6 +10,8 @@ from .point_gather import deformable_points, pdnet_collect
 __all__ = ["ADAPTERS", "Adapter", "Case", "GoldenError", "load_case", "read_json"]
 
 ADAPTERS: dict[str, Adapter] = {
+    "decoupled_proposals": Adapter(decoupled_proposals),
+    "decoupled_rcnn_head": Adapter(decoupled_rcnn_head),
     "deformable_points": Adapter(deformable_points),
     "fcos_targets": Adapter(fcos_targets),
     "pdnet_collect": Adapter(pdnet_collect),

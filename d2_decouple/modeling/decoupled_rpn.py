@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoupled R-CNN's region proposals: the same candidates at two densities (section IV-A)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torchvision.ops import nms
+
+from ..layers.boxes import clip_to_sizes
+from ..layers.precision import at_least_float32
+
+__all__ = ["DecoupledProposals", "DecoupledRPN", "dense_proposals", "suppress_levels"]
+
+Size = tuple[int, int]
+
+
+class DecoupledProposals(list[Instances]):
+    """The class branch's proposals of each image; ``reg`` has the box branch's, as a list, too.
+
+    To everything in Detectron2 it is the list that a ``RPN`` gives. Neither set need contain the
+    other: what a looser suppression keeps first can drop what a tighter one keeps.
+    """
+
+    def __init__(self, cls: Sequence[Instances], reg: Sequence[Instances]) -> None:
+        super().__init__(cls)
+        self.reg = list(reg)
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class DecoupledRPN(RPN):
+    """Detectron2's RPN, whose training proposals come at two densities (section IV-A).
+
+    The same candidates are suppressed twice. In evaluation there is one ordinary set. The best
+    candidates of each level are chosen before boxes are decoded, not after.
+    """
+
+    @configurable
+    def __init__(
+        self, *, nms_thresh_reg: float = 0.85, post_nms_topk_reg: int = 1000, **rpn: Any
+    ) -> None:
+        """
+        Args:
+            nms_thresh_reg: overlap that drops a proposal of the box branch.
+            post_nms_topk_reg: the best proposals of the box branch that are kept, per image.
+            rpn: arguments of Detectron2's ``RPN``; ``nms_thresh`` and ``post_nms_topk`` are those
+                of the class branch, and of evaluation.
+        """
+        super().__init__(**rpn)
+        for name, value in (("nms_thresh", self.nms_thresh), ("nms_thresh_reg", nms_thresh_reg)):
+            if not 0 < value <= 1:
+                raise ValueError(
+                    f"proposal_generator.{name} is {value}; wanted is an overlap above 0, at most "
+                    "1, such as 0.7 for classes and 0.85 for boxes"
+                )
+        if post_nms_topk_reg < 1:
+            raise ValueError(
+                f"proposal_generator.post_nms_topk_reg is {post_nms_topk_reg}; wanted is how many "
+                "proposals are kept, from 1, such as 1000"
+            )
+        self.nms_thresh_reg, self.post_nms_topk_reg = nms_thresh_reg, post_nms_topk_reg
+
+    @classmethod
+    def from_config(cls, cfg: Any, input_shape: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts of the recipe that ``cfg.MODEL.DECOUPLE`` names (the yacs door)."""
+        from ..config import instantiate_parts
+
+        return instantiate_parts(cfg, "proposal_generator", input_shape)
+
+    @torch.no_grad()
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[Size],
+    ) -> list[Instances]:
+        """Proposals of each image; in training :class:`DecoupledProposals`.
+
+        Args:
+            anchors: those of each level.
+            pred_objectness_logits: (N, A) of each level.
+            pred_anchor_deltas: (N, A, 4) of each level.
+            image_sizes: (H, W) of each image, without padding.
+        """
+        found = self.candidates(
+            [x.tensor for x in anchors], pred_objectness_logits, pred_anchor_deltas, image_sizes
+        )
+        first = self._instances(found, image_sizes, self.nms_thresh, self._limit())
+        if not self.training:
+            return first
+        return DecoupledProposals(
+            first,
+            self._instances(found, image_sizes, self.nms_thresh_reg, self.post_nms_topk_reg),
+        )
+
+    def _limit(self) -> int:
+        return self.post_nms_topk[self.training]
+
+    def candidates(
+        self,
+        anchors: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        image_sizes: Sequence[Size],
+    ) -> list[tuple[Tensor, list[Tensor]]]:
+        """For each image the logits (C,) of its candidates, and their boxes level by level.
+
+        A level's candidates are its best ``pre_nms_topk``, best first: boxes (C_l, 4) in pixels,
+        cut to the image, without those that are too small.
+
+        Raises:
+            FloatingPointError: in training, if there is NaN or infinity among them.
+        """
+        limit = self.pre_nms_topk[self.training]
+        images: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in image_sizes]
+        for level, (boxes, scores, changes) in enumerate(zip(anchors, logits, deltas, strict=True)):
+            scores, index = at_least_float32(scores).topk(min(limit, scores.shape[1]), dim=1)
+            for image, (size, kept) in enumerate(zip(image_sizes, index, strict=True)):
+                change = at_least_float32(changes[image, kept])
+                decoded = self.box2box_transform.apply_deltas(change, boxes[kept])
+                found = self._usable(scores[image], decoded, size, level)
+                for part, value in zip(images[image], found, strict=True):
+                    part.append(value)
+        return [(torch.cat(scores), boxes) for scores, boxes in images]
+
+    def _usable(
+        self, scores: Tensor, boxes: Tensor, size: Size, level: int
+    ) -> tuple[Tensor, Tensor]:
+        finite = boxes.isfinite().all(-1) & scores.isfinite()
+        if not bool(finite.all()):
+            if self.training:
+                raise FloatingPointError(
+                    f"the RPN predicts NaN or infinity for {int((~finite).sum())} proposals of "
+                    f"level {level}: the training has diverged; lower the learning rate, or type "
+                    "train.max_grad_norm=10"
+                )
+            scores, boxes = scores[finite], boxes[finite]
+        boxes = clip_to_sizes(boxes, boxes.new_tensor(size).expand(len(boxes), 2))
+        large = (boxes[:, 2:] - boxes[:, :2] > self.min_box_size).all(-1)
+        return scores[large], boxes[large]
+
+    def _instances(
+        self,
+        found: Sequence[tuple[Tensor, Sequence[Tensor]]],
+        sizes: Sequence[Size],
+        threshold: float,
+        limit: int,
+    ) -> list[Instances]:
+        results = []
+        for (scores, levels), size in zip(found, sizes, strict=True):
+            kept = suppress_levels(scores, levels, threshold)[:limit]
+            boxes = Boxes(torch.cat(list(levels))[kept])
+            results.append(Instances(size, proposal_boxes=boxes, objectness_logits=scores[kept]))
+        return results
+
+
+def suppress_levels(scores: Tensor, levels: Sequence[Tensor], threshold: float) -> Tensor:
+    """Indices of the boxes that survive among those of their own level, best first.
+
+    Args:
+        scores: (C,) of all boxes, level by level.
+        levels: (C_l, 4) boxes of each level.
+        threshold: a box that overlaps a better one by more is dropped.
+    """
+    kept, start = [], 0
+    for boxes in levels:
+        kept.append(start + nms(boxes, scores[start : start + len(boxes)], threshold))
+        start += len(boxes)
+    survivors = torch.cat(kept)
+    return survivors[scores[survivors].argsort(descending=True, stable=True)]
+
+
+def dense_proposals(proposals: Sequence[Instances]) -> list[Instances]:
+    """The box branch's proposals of each image.
+
+    Raises:
+        TypeError: there is one density only.
+    """
+    dense = getattr(proposals, "reg", None)
+    if dense is None or len(dense) != len(proposals):
+        raise TypeError(
+            f"training wants proposals at two densities, DecoupledProposals of a DecoupledRPN, got "
+            f"a {type(proposals).__name__} of {len(proposals)}: precomputed proposals have one "
+            "density (they can be used for evaluation), and a slice or a copy of "
+            "DecoupledProposals loses its `reg`; use model.proposal_generator=DecoupledRPN"
+        )
+    return dense
