@@ -4,7 +4,8 @@
 Both sides of a row run in turn, several times; the medians are compared. Ratios hold on a busy
 machine better than times do, but only on an idle one do they mean much. Where a row knows how many
 bytes must be moved at least, a copy that moves as many takes its turn too: how far our side is
-above that floor says whether the memory limits it.
+above that floor says whether the memory limits it. Rows of detectors may say what their memory is
+for.
 """
 
 import argparse
@@ -26,13 +27,14 @@ import torch
 from tabulate import tabulate
 
 from . import extension
-from .benchmarks import fcos, gather, pdnet
+from .benchmarks import decoupled_rcnn, fcos, gather, pdnet
+from .benchmarks.detectors import SizedRow
 from .benchmarks.row import Row, Step
 from .config import nearest
 
 __all__ = ["ROWS", "Row", "main"]
 
-ROWS: dict[str, Row] = {**fcos.ROWS, **pdnet.ROWS, **gather.ROWS}
+ROWS: dict[str, Row] = {**fcos.ROWS, **pdnet.ROWS, **decoupled_rcnn.ROWS, **gather.ROWS}
 
 
 def _seconds(step: Step) -> float:
@@ -120,6 +122,8 @@ def _result(name: str, repeats: int, threads: int) -> dict[str, Any]:
         met.append(peak / reference_peak <= row.peak_target)
     if row.floor_target is not None:
         met.append(ours / floor[0] <= row.floor_target)
+    sizes = _sizes(row) if isinstance(row, SizedRow) else []
+    met += [size["ratio"] <= size["target"] for size in sizes if size["target"] is not None]
     result: dict[str, Any] = {
         "name": name,
         "ours_ms": round(ours, 3),
@@ -133,6 +137,8 @@ def _result(name: str, repeats: int, threads: int) -> dict[str, Any]:
         "peak_target": row.peak_target,
         "setting": row.setting,
     }
+    if sizes:
+        result["sizes"] = sizes
     if row.least_bytes is not None:
         (floor_ms,) = floor
         result["least_mb"] = round(row.least_bytes / 1e6, 1)
@@ -141,6 +147,19 @@ def _result(name: str, repeats: int, threads: int) -> dict[str, Any]:
         result["above_floor"] = round(ours / floor_ms, 2)
         result["floor_target"] = row.floor_target
     return result
+
+
+def _sizes(row: SizedRow) -> list[dict[str, Any]]:
+    return [
+        {
+            "of": name,
+            "ours_mib": round(ours, 1),
+            "reference_mib": round(reference, 1),
+            "ratio": round(ours / reference, 3),
+            "target": row.size_targets.get(name),
+        }
+        for name, (ours, reference) in row.sizes().items()
+    ]
 
 
 def _machine(threads: int) -> dict[str, Any]:
@@ -187,6 +206,12 @@ def _print_tables(results: list[dict[str, Any]]) -> None:
         _print_table(
             *(with_floor, "name", "least_mb", "floor_ms", "copy_gb_per_s", "ours_ms"), "above_floor"
         )
+    sizes = [
+        {"name": result["name"], **size} for result in results for size in result.get("sizes", [])
+    ]
+    if sizes:
+        print("\nOf the memory:")
+        _print_table(sizes, "name", "of", "ours_mib", "reference_mib", "ratio", "target")
 
 
 def _print_table(results: list[dict[str, Any]], *shown: str) -> None:

@@ -22,8 +22,7 @@ from .data.images import ImageError, read_rgb
 from .data.videos import VideoError, VideoReader, VideoWriter
 from .demo_files import (
     DETECTIONS,
-    POINTS,
-    check_for_points,
+    check_for_look,
     input_files,
     is_video,
     result_files,
@@ -32,12 +31,14 @@ from .demo_files import (
 from .engine import EXPECTED_ERRORS
 from .engine.points import DetectionPoints
 from .engine.predictor import Predictor
-from .visualization import class_colors, draw_boxes, draw_points
+from .engine.stages import DetectionStages
+from .visualization import class_colors, draw_boxes, draw_points, draw_stages
 
 __all__ = ["main"]
 
 _SIDES = (640, 2000)  # pixels: the longer side of a drawn picture; lines and text keep their size
 _QUALITY = 92
+_NUMBER: dict[str, Any] = {"nargs": "?", "const": 4, "metavar": "N"}  # of detections
 _EPILOG = f"""
 examples:
   python -m d2_decouple.demo --config-file fcos_R_18_FPN_bccd --weights output/model_final.pth \\
@@ -48,14 +49,19 @@ examples:
       --input film.mp4 --output detections --every 5 --max-frames 100 --json
   python -m d2_decouple.demo --config-file pdnet_R_50_FPN_1x --weights FILE \\
       --input photo.jpg --output detections --show-points 4
+  python -m d2_decouple.demo --config-file decoupled_rcnn_R_18_FPN_bccd --weights FILE \\
+      --input photo.jpg --output detections --show-stages 4
 
 Of a folder the images and videos that lie directly in it are taken; name others by a pattern, as
 in "FOLDER/**/*.jpg". The output folder gets NAME.jpg for an image (its longer side {_SIDES[0]} to
 {_SIDES[1]} pixels) and NAME.mp4 for a video; with --json also {DETECTIONS} for all images and
 NAME.jsonl for each video, one line a frame, with boxes [x1, y1, x2, y2] in pixels of the original.
-With --show-points, for images and for models with points (PDNet), NAME{POINTS}.jpg shows where the
+With --show-points, for images and for models with points (PDNet), NAME_points.jpg shows where the
 strongest detections were read: coarse box, a point for each side of the box with the pyramid levels
-that its value came from, and the points of the class. With --json they are in {DETECTIONS}, too.
+that its value came from, and the points of the class. With --show-stages, for images and Decoupled
+R-CNN, NAME_stages.jpg shows the proposals at both densities, and the box of the strongest
+detections after every stage with its IoU with the last one. With --json both are in
+{DETECTIONS}, too.
 Files that cannot be read are reported and skipped, and make the exit status 1.
 """
 
@@ -68,6 +74,7 @@ class _Run:
 
     predictor: Predictor
     args: argparse.Namespace
+    look: str  # "points", "stages" or nothing
     total: int
     images: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, str]] = field(default_factory=list)
@@ -112,8 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add("--score-thresh", type=_share, default=0.3, help="show detections above it (%(default)s)")
     add("--json", action="store_true", help="write the detections as JSON, too")
+    look = parser.add_mutually_exclusive_group()  # no model has both
     about = "draw where the N strongest detections (4) of each image were read, too"
-    add("--show-points", nargs="?", const=4, type=_positive, metavar="N", help=about)
+    look.add_argument("--show-points", type=_positive, help=about, **_NUMBER)
+    about = "draw the proposals, and the stages of the N strongest detections (4), too"
+    look.add_argument("--show-stages", type=_positive, help=about, **_NUMBER)
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add("--precision", default="float32", help="float32, bfloat16, or on a GPU float16")
     add("--batch-size", type=_positive, default=1, help="images computed together (%(default)s)")
@@ -144,9 +154,10 @@ def _share(text: str) -> float:
 def _demo(args: argparse.Namespace) -> int:
     sources = input_files(args.input)
     output = Path(args.output)
-    if args.show_points:
-        check_for_points(sources, tta=args.tta)
-    targets = result_files(sources, output, with_json=args.json, with_points=bool(args.show_points))
+    look = "points" if args.show_points else "stages" if args.show_stages else ""
+    if look:
+        check_for_look(look, sources, tta=args.tta)
+    targets = result_files(sources, output, with_json=args.json, look=look)
     predictor = Predictor.from_config(
         args.config_file,
         args.weights,
@@ -163,7 +174,7 @@ def _demo(args: argparse.Namespace) -> int:
         f"{args.config_file} with {args.weights}: {len(predictor.classes)} classes, "
         f"{predictor.precision} on {predictor.device}, score above {args.score_thresh:g}"
     )
-    run = _Run(predictor=predictor, args=args, total=len(sources))
+    run = _Run(predictor=predictor, args=args, look=look, total=len(sources))
     start = time.perf_counter()
     try:
         _images([pair for pair in targets if not is_video(pair[0])], run)
@@ -190,9 +201,9 @@ def _images(pairs: Sequence[tuple[Path, Path]], run: _Run) -> None:
             except ImageError as error:
                 run.report(source, error)
         images = [image for *_, image in read]
-        if run.args.show_points:  # the detections are the same, of the same forward
-            seen = [run.predictor.points(image) for image in images]
-            results = [points.instances for points in seen]
+        if run.look:  # the detections are the same, of the same forward
+            seen = [getattr(run.predictor, run.look)(image) for image in images]
+            results = [x.instances for x in seen]
         else:
             seen, results = [], run.predictor(images)
         milliseconds = 1000 * (time.perf_counter() - start) / len(batch)
@@ -211,23 +222,32 @@ def _images(pairs: Sequence[tuple[Path, Path]], run: _Run) -> None:
                 "detections": _as_json(found, run.predictor),
             }
             if seen:
-                _add_points(record, image, seen[index], target, run)
+                _add_look(record, image, seen[index], target, run)
             run.images.append(record)
             summary = _summary(found, run.predictor)
             run.say(source, f"{summary}, {milliseconds:.0f} ms -> {picture}")
 
 
-def _add_points(
-    record: dict[str, Any], image: np.ndarray, seen: DetectionPoints, target: Path, run: _Run
+def _add_look(
+    record: dict[str, Any],
+    image: np.ndarray,
+    seen: DetectionPoints | DetectionStages,
+    target: Path,
+    run: _Run,
 ) -> None:
-    """Draw the points of an image, and write them behind its detections."""
-    picture = suffixed(target, f"{POINTS}.jpg")
-    drawn = draw_points(image, seen, run.predictor.classes, limit=run.args.show_points)
+    """Draw the points or stages of an image, and write them behind its detections."""
+    names = run.predictor.classes
+    if isinstance(seen, DetectionPoints):
+        drawn = draw_points(image, seen, names, limit=run.args.show_points)
+        run.levels = dict(zip(seen.level_names, seen.strides, strict=True))
+    else:
+        drawn = draw_stages(image, seen, names, limit=run.args.show_stages)
+        record["proposals"] = seen.proposals_record()
+    picture = suffixed(target, f"_{run.look}.jpg")
     Image.fromarray(drawn).save(picture, quality=_QUALITY, subsampling=0)  # thin coloured lines
-    record["points_picture"] = picture.name
-    for detection, points in zip(record["detections"], seen.as_records(), strict=True):
-        detection["points"] = points
-    run.levels = dict(zip(seen.level_names, seen.strides, strict=True))
+    record[f"{run.look}_picture"] = picture.name
+    for detection, known in zip(record["detections"], seen.as_records(), strict=True):
+        detection[run.look] = known
 
 
 def _video(source: Path, target: Path, run: _Run) -> None:

@@ -10,8 +10,7 @@ from .data.records import visible
 
 __all__ = [
     "DETECTIONS",
-    "POINTS",
-    "check_for_points",
+    "check_for_look",
     "input_files",
     "is_video",
     "result_files",
@@ -19,7 +18,6 @@ __all__ = [
 ]
 
 DETECTIONS = "detections.json"
-POINTS = "_points"  # behind the name of an image, for the picture of its points
 _IMAGES = {*(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")}
 _VIDEOS = {*(".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")}
 
@@ -53,32 +51,39 @@ def input_files(inputs: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
-def check_for_points(sources: Sequence[Path], *, tta: bool) -> None:
-    """Raise ConfigError if points cannot be shown of these files in this way."""
+def check_for_look(look: str, sources: Sequence[Path], *, tta: bool) -> None:
+    """Raise ConfigError if "points" or "stages" cannot be shown of these files in this way."""
+    option = f"--show-{look}"
     if tta:
         raise ConfigError(
-            "--show-points shows where one look at an image found its objects, and --tta merges "
+            f"{option} shows how one look at an image found its objects, and --tta merges "
             "several looks; leave one of them out"
         )
     if videos := [str(source) for source in sources if is_video(source)]:
         raise ConfigError(
-            f"--show-points is for images, and there are videos among the inputs: {videos[0]}"
+            f"{option} is for images, and there are videos among the inputs: {videos[0]}"
             + (", ..." if videos[1:] else "")
-            + "; give the images alone, or leave --show-points out"
+            + f"; give the images alone, or leave {option} out"
         )
 
 
 def result_files(
-    sources: Sequence[Path], output: Path, *, with_json: bool, with_points: bool = False
+    sources: Sequence[Path], output: Path, *, with_json: bool, look: str = ""
 ) -> list[tuple[Path, Path]]:
     """For each source the file it is drawn to, without its suffix; no two are the same.
+
+    Args:
+        sources: images and videos.
+        output: the folder of the results.
+        with_json: whether detections are written there, too.
+        look: "points" or "stages" if there is a second picture of each image, NAME_points.jpg.
 
     Raises:
         ConfigError: the folder is a file, or pictures beside an input could replace others.
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; type the name of a folder")
-    ends = ("", POINTS) if with_points else ("",)
+    ends = ("", f"_{look}") if look else ("",)
     taken: set[str] = set()
     targets = []
     for source in sources:

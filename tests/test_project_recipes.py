@@ -6,6 +6,8 @@ from functools import cache
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.utils.events import EventStorage
+from torch import nn
 from util import excite, loss_sum, random_input, tiny, without_gradient
 
 from d2_decouple.config import config_names, configs_root, find_config, get_config
@@ -24,10 +26,17 @@ BATCHES = {
 
 def test_there_are_projects():
     assert sum(name.startswith("pdnet_") for name in RECIPES) >= 15
+    assert sum(name.startswith("decoupled_rcnn_") for name in RECIPES) >= 20
 
 
 def with_detections(model):
-    """Outputs that differ from cell to cell, and logits around zero."""
+    """Outputs that differ from cell to cell or region to region, and logits around zero."""
+    if hasattr(model, "roi_heads"):
+        excite(model.proposal_generator)
+        for name, layer in model.roi_heads.named_modules():
+            if name.endswith(("cls_score", "bbox_pred")):
+                nn.init.normal_(layer.weight, std=0.3)
+        return
     excite(model)
     for name, parameter in model.head.named_parameters():
         if name.endswith("cls_score.bias"):
@@ -41,7 +50,8 @@ def test_every_project_recipe_takes_every_batch(name):
         prepare(model)
         for batch in BATCHES.values():
             model.zero_grad()
-            losses = model([random_input(size, objects) for size, objects in batch])
+            with EventStorage():  # two-stage detectors write into it
+                losses = model([random_input(size, objects) for size, objects in batch])
             assert all(torch.isfinite(loss) for loss in losses.values()), losses
             loss_sum(losses).backward()
             assert without_gradient(model) == []

@@ -18,6 +18,7 @@ from torch import nn
 from d2_decouple.config import get_config
 
 WIDTH = 64  # the least that GroupNorm's 32 groups can normalise on a map of one cell
+REGIONS = 64  # of an image that a branch of a two-stage detector learns from
 # Stem, res2 (as wide as the pyramid, as in ResNet-50), res3, ...; each differs from the one
 # before it, or Detectron2's basic block has no shortcut that could follow its stride.
 BOTTOM_UP_CHANNELS = (16, WIDTH, 32, 48, 40)
@@ -45,7 +46,7 @@ def tiny(cfg: Any, *, num_classes: int = 3, convs: int = 1) -> Any:
     """Make a recipe small in place: what it says about slots stays as it is.
 
     The bottom-up network is replaced, widths become ``WIDTH``, towers get at most ``convs``
-    convolutions, and there are ``num_classes`` classes.
+    convolutions, branches at most ``REGIONS`` regions, and there are ``num_classes`` classes.
     """
     model = cfg.model
     bottom_up = model.backbone.bottom_up
@@ -54,6 +55,9 @@ def tiny(cfg: Any, *, num_classes: int = 3, convs: int = 1) -> Any:
     )
     _narrow(model)
     if "roi_heads" in model:
+        for name in ("batch_size_per_image", "box_batch_size_per_image"):
+            if name in model.roi_heads:
+                model.roi_heads[name] = min(REGIONS, model.roi_heads[name])
         model.roi_heads.num_classes = num_classes
         return cfg
     top_block = model.backbone.top_block

@@ -13,16 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .convert_pdnet import Converted, convert_pdnet
+from .conversion import Converted
+from .convert_decoupled_rcnn import convert_decoupled_rcnn
+from .convert_pdnet import convert_pdnet
 from .errors import CheckpointError
 from .files import read_torch_file, write_whole
 
 __all__ = ["CONVERTERS", "Converted", "convert_checkpoint", "main"]
 
-CONVERTERS: dict[str, Callable[[Mapping[str, Tensor]], Converted]] = {"pdnet": convert_pdnet}
+CONVERTERS: dict[str, Callable[[Mapping[str, Tensor]], Converted]] = {
+    "pdnet": convert_pdnet,
+    "decoupled_rcnn": convert_decoupled_rcnn,
+}
 """For each method: tensors by its authors' names -> tensors by ours."""
 
-_TRAINING_STATE = ("optimizer", "scheduler", "iteration")
+_TENSORS = ("model", "state_dict")  # under which they lie, of Detectron's kin and of mmcv's
+_TRAINING_STATE = ("optimizer", "scheduler", "iteration", "meta")
 _OURS = "converted"  # says in a file that it comes from here, and from what
 # Suffixes by which our checkpointer expects other formats.
 _OTHER_FORMATS = (".pkl", ".safetensors")
@@ -31,6 +37,9 @@ examples:
   python tools/convert_checkpoint.py pdnet official.pth pdnet_R_50.pth
   python tools/train_net.py --config-file pdnet_R_50_FPN_2x_official --eval-only \\
     train.init_checkpoint=pdnet_R_50.pth
+  python tools/convert_checkpoint.py decoupled_rcnn epoch_24.pth decoupled_rcnn_R_50.pth
+  python tools/train_net.py --config-file decoupled_rcnn_R_50_FPN_2x --eval-only \\
+    train.init_checkpoint=decoupled_rcnn_R_50.pth
 """
 
 
@@ -41,8 +50,9 @@ def convert_checkpoint(
 
     Args:
         method: a key of :data:`CONVERTERS`.
-        official: a file of ``torch.save``: tensors by name, or a dict with these under "model".
-            All names may begin with ``module.``. Only tensors and plain containers are read.
+        official: a file of ``torch.save``: tensors by name, or a dict with these under "model"
+            or "state_dict". All names may begin with ``module.``. Only tensors and plain
+            containers are read.
         out: where the converted weights go; its folder is made.
         force: replace a file that exists.
 
@@ -57,7 +67,7 @@ def convert_checkpoint(
         )
     if not source.is_file():
         raise CheckpointError(f"there is no file {source}; give the weights that were published")
-    _prepare_target(source, target, force)
+    _prepare_target(source, target, force, f"{method}.pth")
     try:
         converted = CONVERTERS[method](_tensors(read_torch_file(str(source))))
     except CheckpointError as error:
@@ -75,7 +85,7 @@ def convert_checkpoint(
     )
 
 
-def _prepare_target(source: Path, target: Path, force: bool) -> None:
+def _prepare_target(source: Path, target: Path, force: bool, example: str) -> None:
     """Make the folder of the file, unless the file cannot or must not be written."""
     if target.suffix in _OTHER_FORMATS:
         raise CheckpointError(
@@ -83,7 +93,7 @@ def _prepare_target(source: Path, target: Path, force: bool) -> None:
             f"{target.with_suffix('.pth').name}"
         )
     if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; name a file, such as {target / 'pdnet.pth'}")
+        raise CheckpointError(f"{target} is a folder; name a file, such as {target / example}")
     if target.exists() and target.samefile(source):
         raise CheckpointError(f"{target} is the file that is read; give OUT another name")
     if target.exists() and not force:
@@ -101,12 +111,14 @@ def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     state = content
     if _OURS in content:
         raise CheckpointError("it was converted already: type train.init_checkpoint=FILE with it")
-    if isinstance(content.get("model"), Mapping):
-        state = content["model"]
-        others = [str(name) for name in content if name not in ("model", *_TRAINING_STATE)]
+    found = [name for name in _TENSORS if isinstance(content.get(name), Mapping)]
+    if found:
+        state = content[found[0]]
+        others = [str(name) for name in content if name not in (found[0], *_TRAINING_STATE)]
         if others:
             raise CheckpointError(
-                f"it has {', '.join(others)} beside model; known are {', '.join(_TRAINING_STATE)}"
+                f"it has {', '.join(others)} beside {found[0]}; known are "
+                f"{', '.join(_TRAINING_STATE)}"
             )
     strange = [
         f"{name} is a {type(value).__name__}"

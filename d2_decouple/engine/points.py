@@ -3,16 +3,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ..config import ConfigError, config_names
+from ..config import ConfigError
 from ..modeling import OneStageDetector, TestTimeAugmentation
 from ..structures import DensePredictions
+from .looks import kept_outputs, ordinary, recipes_with, rounded
 
 __all__ = ["DetectionPoints", "kept_predictions", "points_of"]
 
@@ -48,14 +48,14 @@ class DetectionPoints(NamedTuple):
         fields = self.instances.get_fields()
         extras = {
             # Coordinates as boxes are written; weights need more digits.
-            name: _rounded(value.tolist(), 2 if name.endswith(("points", "boxes")) else 4)
+            name: rounded(value.tolist(), 2 if name.endswith(("points", "boxes")) else 4)
             for name, value in fields.items()
             if name not in own
         }
         places = zip(fields["locations"].tolist(), fields["levels"].tolist(), strict=True)
         return [
             {
-                "location": _rounded(location, 2),
+                "location": rounded(location, 2),
                 "level": self.level_names[level],
                 **{name: values[index] for name, values in extras.items()},
             }
@@ -84,18 +84,8 @@ def kept_predictions(model: nn.Module) -> Iterator[list[DensePredictions]]:
             f"{type(model).__name__} is not a OneStageDetector, whose predictions say where each "
             f"detection was read; {_recipes_with_points()}"
         )
-    kept: list[DensePredictions] = []
-    thread = get_ident()  # another thread may run the same model at this moment
-
-    def keep(_module: nn.Module, _inputs: Any, output: DensePredictions) -> None:
-        if get_ident() == thread:
-            kept.append(output)
-
-    hook = model.head.register_forward_hook(keep)
-    try:
+    with kept_outputs(model.head) as (kept,):
         yield kept
-    finally:
-        hook.remove()
 
 
 def points_of(
@@ -128,7 +118,7 @@ def points_of(
     scale = torch.tensor([width / seen[1], height / seen[0]])
     chosen = found.location_index.to(predictions.locations.device)
     fields = {name: _scaled(name, value[0, chosen], scale) for name, value in extras.items()}
-    fields["locations"] = _ordinary(predictions.locations[chosen]) * scale
+    fields["locations"] = ordinary(predictions.locations[chosen]) * scale
     ends = torch.tensor(predictions.level_sizes).cumsum(0)
     fields["levels"] = torch.searchsorted(ends, found.location_index, right=True)
     strides = model.head.strides
@@ -146,7 +136,7 @@ def _are_points(name: str, shape: tuple[int, ...]) -> bool:
 
 def _scaled(name: str, values: Tensor, scale: Tensor) -> Tensor:
     """Values (D, ...) of an extra; points and boxes are brought to pixels of the image."""
-    values = _ordinary(values)
+    values = ordinary(values)
     if _are_points(name, values.shape[1:]):
         return values * scale
     if name.endswith("boxes") and values.shape[1:] == (4,):
@@ -154,21 +144,5 @@ def _scaled(name: str, values: Tensor, scale: Tensor) -> Tensor:
     return values
 
 
-def _ordinary(values: Tensor) -> Tensor:
-    """On the CPU, without history, in float32 as results are."""
-    values = values.detach().cpu()
-    return values.float() if values.is_floating_point() else values
-
-
 def _recipes_with_points() -> str:
-    names = [name for name in config_names() if name.startswith(_METHODS)]
-    if not names:
-        return "no recipe here has points"
-    return f"recipes with points are {', '.join(names[:5])}" + (", ..." if names[5:] else "")
-
-
-def _rounded(values: Any, digits: int) -> Any:
-    """The numbers of nested lists, rounded."""
-    if isinstance(values, list):
-        return [_rounded(value, digits) for value in values]
-    return round(values, digits)
+    return recipes_with("points", _METHODS)

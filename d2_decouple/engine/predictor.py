@@ -21,9 +21,12 @@ from ..config import ConfigError
 from ..data.images import ChannelOrder, as_rgb, read_rgb
 from ..modeling import OneStageDetector, TestTimeAugmentation
 from ..modeling.folding import cast_weights, fold_batch_norms
-from ..visualization import draw_points
+from ..visualization import draw_points, draw_stages
 from .inference_config import inference_config
+from .looks import check_limit, ordinary
 from .points import DetectionPoints, kept_predictions, points_of
+from .resizing import resized, stretched
+from .stages import DetectionStages, kept_proposals, stages_of
 
 __all__ = ["Predictor"]
 
@@ -37,7 +40,6 @@ _PRECISIONS = {
 }
 # Behind these, coordinates are computed: the head's predictor and aligner stay float32.
 _HALVED = ("backbone", "head.context", "head.cls_subnet", "head.bbox_subnet", "head.cls_score")
-_LONGEST = 64  # times the short side; a resizer would round the short side of longer ones to 0
 
 
 class Predictor:
@@ -217,8 +219,7 @@ class Predictor:
                 several times (test-time augmentation).
             ImageError: the image cannot be used; the message names it.
         """
-        if limit is not None and limit < 1:
-            raise ConfigError(f"limit must be a whole number from 1, or None, got {limit}")
+        check_limit(limit)
         with kept_predictions(self.model) as kept:
             item = self._input(image)
             found = self._detect([item])[0][:limit]
@@ -237,6 +238,50 @@ class Predictor:
         """
         return draw_points(self._rgb(image), self.points(image), self.classes, limit=limit)
 
+    def stages(
+        self, image: ImageLike, *, limit: int | None = None, gt_boxes: Any = None
+    ) -> DetectionStages:
+        """Detect objects, and say how the box of each of them came about (Decoupled R-CNN).
+
+        ::
+
+            seen = predictor.stages("photo.jpg", limit=4)
+            seen.instances.stage_boxes  # (D, K + 1, 4): the proposal, after stage 1, ..., K
+
+        Args:
+            image: one image, as for a call of the predictor.
+            limit: only so many detections, the strongest; by default all.
+            gt_boxes: (M, 4) of its objects, in any form, xyxy in pixels of the image. With them
+                IoU is that with a detection's object, without them that with its last box.
+
+        Returns:
+            :class:`~d2_decouple.engine.stages.DetectionStages`: the detections that a call of the
+            predictor finds, their boxes after each stage, and the proposals, all of one forward.
+
+        Raises:
+            ConfigError: the model is no Decoupled R-CNN, or ``gt_boxes`` are no boxes.
+            ImageError: the image cannot be used; the message names it.
+        """
+        check_limit(limit)
+        with kept_proposals(self.model) as kept:
+            found = self._detect([self._input(image)])[0][:limit]
+        return stages_of(self.model, kept, found, gt_boxes)
+
+    def draw_stages(self, image: ImageLike, *, limit: int = 4, gt_boxes: Any = None) -> np.ndarray:
+        """The picture of :meth:`stages`: (H, W, 3) RGB, uint8, with a panel for each detection.
+
+        Args:
+            image: one image, as for a call of the predictor.
+            limit: so many detections have a panel, the strongest.
+            gt_boxes: as for :meth:`stages`.
+
+        Raises:
+            ConfigError: as :meth:`stages` says.
+            ImageError: the image cannot be used; the message names it.
+        """
+        seen = self.stages(image, gt_boxes=gt_boxes)
+        return draw_stages(self._rgb(image), seen, self.classes, limit=limit)
+
     def _rgb(self, image: ImageLike) -> np.ndarray:
         """(H, W, 3) RGB, uint8."""
         if isinstance(image, str | os.PathLike):
@@ -247,9 +292,9 @@ class Predictor:
         """Detectron2's input dict of an image."""
         rgb = self._rgb(image)
         height, width = rgb.shape[:2]
-        seen = _stretched(rgb)
+        seen = stretched(rgb)
         if self._resize:
-            seen = _resized(seen, self._augmentations)
+            seen = resized(seen, self._augmentations)
         planes = seen.transpose(2, 0, 1)
         if self._image_format == "BGR":
             planes = planes[::-1]
@@ -277,10 +322,8 @@ class Predictor:
     def _finished(self, found: Instances) -> Instances:
         if self._score_thresh is not None:
             found = found[found.scores > self._score_thresh]
-        # Tensors of inference mode refuse to be changed in place outside of it, and users of
-        # Detectron2 scale and clip boxes in place: hand out ordinary ones.
         found = found.to("cpu")
-        plain = {name: _ordinary(value) for name, value in found.get_fields().items()}
+        plain = {name: ordinary(value) for name, value in found.get_fields().items()}
         return Instances(found.image_size, **plain)
 
 
@@ -355,42 +398,3 @@ def _augmented(
         return TestTimeAugmentation.around(model, augmentations, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"tta={tta!r}: {error}") from error
-
-
-def _stretched(image: np.ndarray) -> np.ndarray:
-    """The image, its short side repeated if a resizer would leave nothing of it."""
-    height, width = image.shape[:2]
-    least = -(-max(height, width) // _LONGEST)
-    for axis, side in enumerate((height, width)):
-        if side < least:
-            image = np.repeat(image, -(-least // side), axis=axis)
-    return image
-
-
-def _resized(image: np.ndarray, augmentations: T.AugmentationList) -> np.ndarray:
-    """The image as the model shall see it.
-
-    Raises:
-        ConfigError: an augmentation that does more than resizing moves boxes to where the
-            detector's answer cannot be brought back from.
-    """
-    augmented = T.AugInput(image)
-    transform = augmentations(augmented)
-    new = augmented.image
-    corners = np.array([[0.0, 0.0], image.shape[1::-1]])
-    if not np.allclose(transform.apply_coords(corners), [[0.0, 0.0], new.shape[1::-1]]):
-        raise ConfigError(
-            f"dataloader.test.mapper.augmentations does more than resizing ({transform}); boxes "
-            "cannot be brought back to the image: leave crops, flips and padding out"
-        )
-    return new
-
-
-def _ordinary(value: Any) -> Any:
-    """A copy of a field of ``Instances`` that was made outside of inference mode, in float32."""
-    if hasattr(value, "tensor"):  # boxes
-        return type(value)(_ordinary(value.tensor))
-    if not isinstance(value, Tensor):
-        return value
-    # Scores of Detectron2's own detectors come in half precision, which NumPy may not know.
-    return value.to(torch.float32, copy=True) if value.is_floating_point() else value.clone()

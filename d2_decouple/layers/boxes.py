@@ -49,8 +49,9 @@ class BoxTransform:
             ValueError: a box has no width or no height.
         """
         middle, size = _middle_and_size(src_boxes)
-        if not bool((size > 0).all()):
-            number = int((size <= 0).any(-1).sum())
+        flat = ~(size > 0).all(-1)  # also where there is NaN
+        if bool(flat.any()):
+            number = int(flat.sum())
             raise ValueError(
                 f"{number} of {len(src_boxes)} boxes have no area, so no change leads from them "
                 "to another; leave them out before (x2 > x1 and y2 > y1)"

@@ -2,6 +2,7 @@
 """The detector and what goes into its slots. Importing this registers with Detectron2."""
 
 from .augmented import TestTimeAugmentation
+from .cascaded_classes import CascadedClassROIHeads
 from .decoupled_rcnn import DecoupledROIHeads
 from .decoupled_rpn import DecoupledProposals, DecoupledRPN
 from .detector import OneStageDetector
@@ -48,6 +49,7 @@ __all__ = [
     "BestPairs",
     "BoundaryPoints",
     "BoxBranch",
+    "CascadedClassROIHeads",
     "ClassBranch",
     "ClassPredictor",
     "ConvBoxBranch",

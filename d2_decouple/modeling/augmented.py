@@ -7,22 +7,25 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import transforms as T
+from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..data.images import read_pixels
 from .detector import OneStageDetector
+from .regions import RegionSelection
 from .selection import Selection, clip_to_image
 
 __all__ = ["TestTimeAugmentation"]
 
 Size = tuple[int, int]
 
+_PER_BOX = ("mask_on", "keypoint_on")  # what Detectron2's ROI heads predict beside boxes
 _SCALES = (0.75, 1.0, 1.25)  # of the size that a detector is tested with
 
 
 class TestTimeAugmentation(nn.Module):
-    """A one-stage detector that looks at each image several times and answers once.
+    """A detector that looks at each image several times and answers once.
 
     It is called like the detector in evaluation mode. The candidates of all variants of an image
     (each size as it is, then mirrored) are brought back to the original image and go through the
@@ -31,13 +34,16 @@ class TestTimeAugmentation(nn.Module):
 
     The results have ``variant_index`` (0 is the first size, 1 the same mirrored, and so on) in
     place of the detector's ``location_index``, which would have to say of which forward.
+
+    Of two-stage detectors, those with :class:`.decoupled_rcnn.DecoupledROIHeads` can be used; each
+    variant has proposals of its own. Masks and keypoints are not predicted.
     """
 
     __test__ = False  # the name begins like those that pytest collects
 
     def __init__(
         self,
-        model: OneStageDetector,
+        model: OneStageDetector | GeneralizedRCNN,
         *,
         short_edge_lengths: Sequence[int],
         max_size: int,
@@ -46,21 +52,29 @@ class TestTimeAugmentation(nn.Module):
     ) -> None:
         """
         Args:
-            model: the detector; its ``selection`` must be a :class:`Selection`.
+            model: the detector; the ``selection`` of it, or of its ROI heads, must be a
+                :class:`Selection` or :class:`RegionSelection`.
             short_edge_lengths: the short side that images get, in pixels, one for each variant.
             max_size: limit of the long side, in pixels.
             flip: whether each size is also seen mirrored left to right.
             output_shape: (H, W) of a resized image from height, width, short side and max_size.
         """
         super().__init__()
-        selection = getattr(model, "selection", None)
-        if not isinstance(model, OneStageDetector) or not isinstance(selection, Selection):
+        selection = getattr(getattr(model, "roi_heads", model), "selection", None)
+        known = isinstance(model, OneStageDetector | GeneralizedRCNN)
+        if not known or not isinstance(selection, Selection | RegionSelection):
             got = type(model).__name__
-            if isinstance(model, OneStageDetector):
+            if known:
                 got += f" whose selection is a {type(selection).__name__}"
             raise TypeError(
                 "test-time augmentation merges candidates before suppression: it needs a "
-                f"OneStageDetector with a Selection, got {got}"
+                "OneStageDetector with a Selection, or a GeneralizedRCNN with DecoupledROIHeads, "
+                f"got {got}"
+            )
+        if any(getattr(getattr(model, "roi_heads", None), name, False) for name in _PER_BOX):
+            raise ValueError(
+                "test-time augmentation gives boxes alone, and this model predicts masks or "
+                "keypoints, too: leave train.tta (or tta) out"
             )
         sizes = [*short_edge_lengths, max_size]
         if len(sizes) < 2 or any(size < 1 for size in sizes):
@@ -68,7 +82,9 @@ class TestTimeAugmentation(nn.Module):
                 "wanted at least one short_edge_lengths and a max_size, all positive, got "
                 f"short_edge_lengths={list(short_edge_lengths)}, max_size={max_size}"
             )
-        self.model = model
+        self.model, self.selection = model, selection
+        self.side_offset = getattr(model, "side_offset", 0.0)
+        self.input_format: Any = model.input_format or "BGR"
         self.short_edge_lengths, self.max_size = tuple(short_edge_lengths), max_size
         self.flip, self.output_shape = flip, output_shape
 
@@ -96,8 +112,8 @@ class TestTimeAugmentation(nn.Module):
             self._propose(variant, mirrored, size, index)
             for index, (variant, mirrored) in enumerate(self._variants(image))
         ]
-        merged = self.model.selection.suppress(Instances.cat(found))
-        boxes, offset = merged.pred_boxes.tensor, self.model.side_offset
+        merged = self.selection.suppress(Instances.cat(found))
+        boxes, offset = merged.pred_boxes.tensor, self.side_offset
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
         merged.pred_boxes = Boxes(clip_to_image(boxes, size))
         return merged[merged.pred_boxes.nonempty()]
@@ -107,12 +123,15 @@ class TestTimeAugmentation(nn.Module):
         if "image" in item:
             return np.ascontiguousarray(item["image"].permute(1, 2, 0).cpu().numpy())
         if "file_name" in item:
-            return read_pixels(item["file_name"], self.model.input_format)
+            return read_pixels(item["file_name"], self.input_format)
         raise ValueError(f"an input needs 'image' or 'file_name', got only {sorted(item)}")
 
     @classmethod
     def around(
-        cls, model: OneStageDetector, augmentations: Sequence[T.Augmentation], **options: Any
+        cls,
+        model: OneStageDetector | GeneralizedRCNN,
+        augmentations: Sequence[T.Augmentation],
+        **options: Any,
     ) -> "TestTimeAugmentation":
         """Sizes around the one that a detector is tested with, unless ``options`` say which.
 
@@ -142,14 +161,24 @@ class TestTimeAugmentation(nn.Module):
             if self.flip:
                 yield pixels.flip(-1), True
 
+    def _candidates(self, inputs: Sequence[Mapping[str, Any]]) -> list[Instances]:
+        """Candidates of each image, in pixels of the image as it is given."""
+        model: Any = self.model
+        if isinstance(model, OneStageDetector):
+            images, _, predictions = model.predict(inputs)
+            return model.selection.propose(predictions, images.image_sizes)
+        images = model.preprocess_image(inputs)
+        features = model.backbone(images.tensor)
+        proposals, _ = model.proposal_generator(images, features, None)
+        return model.roi_heads.propose(features, proposals)
+
     def _propose(self, variant: Tensor, mirrored: bool, size: Size, index: int) -> Instances:
         """Candidates of one variant as boxes in the original image of ``size`` (H, W)."""
-        images, _, predictions = self.model.predict([{"image": variant}])
-        (found,) = self.model.selection.propose(predictions, images.image_sizes)
+        (found,) = self._candidates([{"image": variant}])
         (height, width), boxes = found.image_size, found.pred_boxes.tensor
         if mirrored:
             left, top, right, bottom = boxes.unbind(-1)
-            last = width - self.model.side_offset
+            last = width - self.side_offset
             boxes = torch.stack((last - right, top, last - left, bottom), dim=-1)
         scale = boxes.new_tensor([size[1] / width, size[0] / height])
         return Instances(

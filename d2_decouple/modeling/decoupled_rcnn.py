@@ -16,7 +16,6 @@ from detectron2.config import configurable
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.structures import Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,8 +24,17 @@ from ..layers.losses import loss_normalizer
 from ..layers.precision import at_least_float32
 from .decoupled_rpn import dense_proposals
 from .loading import drop_misfits, rename
-from .regions import Regions, RegionSelection, Samples, match_regions, pool_regions, some_of
-from .roi_branches import ClassBranch, Regressor, class_change
+from .regions import (
+    Regions,
+    RegionSelection,
+    Samples,
+    draw_samples,
+    log_accuracy,
+    log_scalar,
+    match_regions,
+    pool_regions,
+)
+from .roi_branches import ClassBranch, Regressor, check_num_classes, class_change
 
 __all__ = ["DecoupledROIHeads"]
 
@@ -38,10 +46,9 @@ class DecoupledROIHeads(StandardROIHeads):
     """One classifier and K >= 1 regression stages, each with its own sample (sections IV-A, B).
 
     *Training.* The class branch learns from Detectron2's sample of the first set of proposals.
-    Stage 1 of the box branches learns from the positives of the second set, without ground truth
-    among them; each further stage from those that the one before it has moved, as far as they
-    still overlap an object enough. *Test.* Both get the same proposals; a region's scores are
-    those of its proposal, its box is that of the last stage.
+    Stage 1 of the box branches learns from the positives of the second set, without ground truth;
+    each further stage from what the one before it has moved and that still overlaps an object
+    enough. *Test.* Scores are those of a proposal, its box is that of the last stage.
 
     Masks and keypoints are Detectron2's, and learn from the class branch's sample.
     """
@@ -106,16 +113,9 @@ class DecoupledROIHeads(StandardROIHeads):
         if len(names) != levels:
             raise ValueError(
                 f"roi_heads.box_in_features names {names}, box_pooler has {levels} scales; wanted "
-                "is one scale, 1 / stride, for each map"
+                "is one for each map: 1 / stride"
             )
-        counts = {"class_branch": self.class_branch.num_classes}
-        counts |= {f"box_branches[{k}]": x.num_classes for k, x in enumerate(self.box_branches)}
-        wrong = {name: x for name, x in counts.items() if x not in (None, self.num_classes)}
-        if wrong:
-            raise ValueError(
-                f"roi_heads.num_classes is {self.num_classes}, but {wrong}; set them alike, or let "
-                'them say "${...num_classes}"'
-            )
+        check_num_classes(self.class_branch, self.box_branches, self.num_classes)
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,8 +157,6 @@ class DecoupledROIHeads(StandardROIHeads):
         """(S, C, P, P) features of regions."""
         return pool_regions(self.box_pooler, maps, regions, scale)
 
-    # ---- training
-
     @torch.no_grad()
     def sample_boxes(self, proposals: Sequence[Instances], targets: Sequence[Instances]) -> Samples:
         """The regions of stage 1: positives, filled up with others that nothing is learned from.
@@ -167,18 +165,13 @@ class DecoupledROIHeads(StandardROIHeads):
         """
         boxes = [x.proposal_boxes.tensor for x in proposals]
         regions = Regions.of(boxes, [x.image_size for x in proposals])
-        samples = self.match(regions, targets)
-        limit, rows = self.box_batch_size_per_image, []
-        for image in range(len(proposals)):
-            mine = samples.regions.image_index == image
-            positive = samples.gt_classes < self.num_classes
-            chosen = some_of((mine & positive).nonzero()[:, 0], limit)
-            others = some_of((mine & ~positive).nonzero()[:, 0], limit - len(chosen))
-            rows += [chosen, others]
-        return samples.at(torch.cat(rows))
+        samples = self.match(regions, targets, 0)
+        return draw_samples(
+            samples, len(proposals), self.box_batch_size_per_image, self.num_classes
+        )
 
-    def match(self, regions: Regions, targets: Sequence[Instances]) -> Samples:
-        """What each region of the box branches shall learn."""
+    def match(self, regions: Regions, targets: Sequence[Instances], stage: int) -> Samples:
+        """What each region of a stage (from 0) of the box branches shall learn."""
         return match_regions(regions, targets, self.box_matcher, self.num_classes)
 
     def losses(
@@ -213,10 +206,7 @@ class DecoupledROIHeads(StandardROIHeads):
     def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean softmax cross entropy of (S, K + 1) logits over the regions of all processes."""
         logits = at_least_float32(logits)
-        if len(labels):
-            right, positive = logits.argmax(-1) == labels, labels < self.num_classes
-            _log("roi_head/cls_accuracy", right.float().mean())
-            _log("roi_head/fg_cls_accuracy", (right & positive).sum() / positive.sum().clamp(min=1))
+        log_accuracy(logits, labels, self.num_classes)
         total = F.cross_entropy(logits, labels, reduction="sum")
         return total / loss_normalizer(logits.new_tensor(len(labels)))
 
@@ -230,7 +220,7 @@ class DecoupledROIHeads(StandardROIHeads):
     ) -> tuple[Tensor, Samples]:
         """The loss of one stage (from 0), and the regions of the next one."""
         learned = sample.at(sample.gt_classes < self.num_classes)
-        _log(f"roi_head/num_positives_stage{stage}", len(learned) / len(targets))
+        log_scalar(f"roi_head/num_positives_stage{stage}", len(learned) / len(targets))
         change = self.changes_in_training(stage, maps, class_regions, sample, learned)
         transform = self.box_branches[stage].transform
         gt_change = transform.get_deltas(learned.regions.boxes, learned.gt_boxes)
@@ -240,7 +230,7 @@ class DecoupledROIHeads(StandardROIHeads):
         weight = self.box_loss_weight * self.stage_loss_weights[stage]
         loss = weight * (change - gt_change).abs().sum() / divisor
         if stage + 1 < len(self.box_branches):
-            sample = self.match_again(self.refined(stage, sample, change), targets)
+            sample = self.match_again(self.refined(stage, sample, change), targets, stage + 1)
         return loss, sample
 
     def changes_in_training(
@@ -272,13 +262,11 @@ class DecoupledROIHeads(StandardROIHeads):
         return Regions(boxes, sample.regions.image_index, sample.regions.sizes)
 
     @torch.no_grad()
-    def match_again(self, regions: Regions, targets: Sequence[Instances]) -> Samples:
-        """The regions of the next stage (Eq. 7): matched anew, in each image positives first."""
-        matched = self.match(regions, targets)
+    def match_again(self, regions: Regions, targets: Sequence[Instances], stage: int) -> Samples:
+        """The sample of a later stage (Eq. 7): matched anew, in each image positives first."""
+        matched = self.match(regions, targets, stage)
         background = matched.gt_classes == self.num_classes
         return matched.at((2 * regions.image_index + background).argsort(stable=True))
-
-    # ---- both
 
     def run_stage(
         self,
@@ -314,8 +302,6 @@ class DecoupledROIHeads(StandardROIHeads):
                 "train.max_grad_norm=10"
             )
         return deltas
-
-    # ---- test
 
     def propose(
         self, features: Mapping[str, Tensor], proposals: Sequence[Instances]
@@ -359,18 +345,24 @@ class DecoupledROIHeads(StandardROIHeads):
         """
         likeliest = logits[:, :-1].argmax(-1)
         boxes = []
-        for stage, branch in enumerate(self.box_branches):
+        for stage in range(len(self.box_branches)):
             deltas = self.run_stage(stage, maps, regions, pooled, hidden)
-            pooled = hidden = None  # those of the proposals; regions have moved
+            pooled = hidden = None  # those of the proposals; regions move
+            boxes.append(self.moved_boxes(stage, regions, deltas, likeliest))
             if stage + 1 < len(self.box_branches):
-                deltas = class_change(deltas, likeliest)
-            moved = branch.transform.apply_deltas(deltas, regions.boxes)
-            moved = clip_to_sizes(moved.unflatten(1, (-1, 4)), regions.sizes)
-            if moved.shape[1] == 1:
-                moved = moved[:, 0]
-                regions = regions.moved(moved)
-            boxes.append(moved)
+                regions = regions.moved(boxes[-1])
         return boxes
+
+    def moved_boxes(self, stage: int, regions: Regions, deltas: Tensor, classes: Tensor) -> Tensor:
+        """Boxes (S, 4) after a stage, cut to the image; (S, K, 4) after the last, of each class.
+
+        Where each class has a change of its own, an earlier stage takes that of ``classes`` (S,).
+        """
+        if stage + 1 < len(self.box_branches):
+            deltas = class_change(deltas, classes)
+        boxes = self.box_branches[stage].transform.apply_deltas(deltas, regions.boxes)
+        boxes = clip_to_sizes(boxes.unflatten(1, (-1, 4)), regions.sizes)
+        return boxes[:, 0] if boxes.shape[1] == 1 else boxes
 
     def select(
         self,
@@ -409,7 +401,3 @@ _FASTER_RCNN = {  # Detectron2's names -> ours
     "box_predictor.cls_score.": ("class_branch.cls_score.",),
     "box_predictor.bbox_pred.": ("box_branches.0.bbox_pred.",),
 }
-
-
-def _log(name: str, value: Tensor | float) -> None:
-    get_event_storage().put_scalar(name, float(value))

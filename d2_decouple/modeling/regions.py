@@ -7,11 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ..layers.boxes import clip_to_sizes, enlarged, overlaps
 
-__all__ = ["RegionSelection", "Regions", "Samples", "match_regions", "pool_regions", "some_of"]
+__all__ = [
+    "RegionSelection",
+    "Regions",
+    "Samples",
+    "draw_samples",
+    "log_accuracy",
+    "log_scalar",
+    "match_regions",
+    "pool_regions",
+]
 
 Size = tuple[int, int]
 
@@ -145,15 +155,40 @@ def pool_regions(
 def _levels(pooler: ROIPooler, boxes: Tensor) -> Tensor:
     """(S,) place of each box's level among the pooler's (FPN, Eq. 1)."""
     side = (boxes[:, 2:] - boxes[:, :2]).prod(-1).clamp(min=0).sqrt()
-    level = pooler.canonical_level + (side / pooler.canonical_box_size + 1e-8).log2().floor()
-    return level.clamp(pooler.min_level, pooler.max_level).long() - pooler.min_level
+    # Added before rounding, as Detectron2 does, so that a side of next to 112 is on its level.
+    level = pooler.canonical_level + (side / pooler.canonical_box_size + 1e-8).log2()
+    return level.floor().clamp(pooler.min_level, pooler.max_level).long() - pooler.min_level
 
 
-def some_of(rows: Tensor, limit: int) -> Tensor:
+def draw_samples(samples: Samples, num_images: int, limit: int, num_classes: int) -> Samples:
+    """At most ``limit`` of each image: positives, as many as there are, then others by chance."""
+    rows = []
+    for image in range(num_images):
+        mine, positive = samples.regions.image_index == image, samples.gt_classes < num_classes
+        chosen = _some_of((mine & positive).nonzero()[:, 0], limit)
+        rows += [chosen, _some_of((mine & ~positive).nonzero()[:, 0], limit - len(chosen))]
+    return samples.at(torch.cat(rows))
+
+
+def _some_of(rows: Tensor, limit: int) -> Tensor:
     """All rows, or ``limit`` of them by chance where there are more."""
     if len(rows) <= limit:
         return rows
     return rows[torch.randperm(len(rows), device=rows.device)[:limit]]
+
+
+def log_accuracy(logits: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Record the shares of regions, and of positives, whose likeliest class is right."""
+    if not len(labels):
+        return
+    right, positive = logits.argmax(-1) == labels, labels < num_classes
+    log_scalar("roi_head/cls_accuracy", right.float().mean())
+    log_scalar("roi_head/fg_cls_accuracy", (right & positive).sum() / positive.sum().clamp(min=1))
+
+
+def log_scalar(name: str, value: Tensor | float) -> None:
+    """Record a number of this iteration with Detectron2's event storage."""
+    get_event_storage().put_scalar(name, float(value))
 
 
 class RegionSelection:

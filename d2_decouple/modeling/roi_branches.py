@@ -6,7 +6,7 @@ with two fully connected layers each (Fig. 2, "Unshared-FC"), one that reads the
 layers (Table II, "shared-FC"), and the convolutional one of Double-Head (Table XI).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "FCHead",
     "Regressor",
     "SharedBoxBranch",
+    "check_num_classes",
     "class_change",
 ]
 
@@ -274,3 +275,15 @@ def class_change(deltas: Tensor, classes: Tensor) -> Tensor:
         return deltas
     changes = deltas.unflatten(1, (-1, 4))
     return changes[torch.arange(len(changes), device=changes.device), classes]
+
+
+def check_num_classes(classifier: Any, regressors: Iterable[Any], num_classes: int) -> None:
+    """Raise ValueError unless all branches that know K have the same ``num_classes``."""
+    counts = {"class_branch": classifier.num_classes}
+    counts |= {f"box_branches[{stage}]": x.num_classes for stage, x in enumerate(regressors)}
+    wrong = {name: count for name, count in counts.items() if count not in (None, num_classes)}
+    if wrong:
+        raise ValueError(
+            f"roi_heads.num_classes is {num_classes}, but {wrong}; set them alike, or let them say "
+            '"${...num_classes}"'
+        )

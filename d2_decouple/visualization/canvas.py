@@ -10,17 +10,22 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["Canvas"]
+__all__ = ["Canvas", "square_around"]
 
 Color: TypeAlias = tuple[int, int, int]
 Point: TypeAlias = tuple[float, float]
 Rectangle: TypeAlias = tuple[float, float, float, float]
 
+BLACK: Color = (20, 20, 24)
+PAPER: Color = (255, 255, 255)
+INK: Color = (28, 28, 28)
+GREY: Color = (105, 108, 116)
 _FINER = 3  # drawn pixels for one of the picture, in each direction
-_WHITE = (255, 255, 255)
-_DARK = (20, 20, 24)
 _OUTSIDE = (226, 228, 232)  # what lies beyond the image
 _DASH = (8.0, 5.0)  # pixels of the picture: drawn, left out
+_REACH = 0.75  # of the box's longer side: surroundings that may be shown
+_MARGIN = 0.09  # of the view
+_LEAST_VIEW = 8.0  # pixels of the image
 
 
 class Canvas:
@@ -61,7 +66,7 @@ class Canvas:
             shape = (max(high[0] - low[0], 1), max(high[1] - low[1], 1))
             shown = Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC, box=part)
             if fade:
-                shown = Image.blend(shown, Image.new("RGB", shape, _WHITE), fade)
+                shown = Image.blend(shown, Image.new("RGB", shape, PAPER), fade)
             self._picture.paste(shown, (low[0], low[1]))
         self._draw = ImageDraw.Draw(self._picture)
 
@@ -79,7 +84,7 @@ class Canvas:
         return self.view[0] <= x <= self.view[2] and self.view[1] <= y <= self.view[3]
 
     def line(
-        self, start: Point, end: Point, color: Color, width: float, *, seam: Color = _WHITE
+        self, start: Point, end: Point, color: Color, width: float, *, seam: Color = PAPER
     ) -> None:
         """A straight line with round ends."""
         first, last = self._fine(start), self._fine(end)
@@ -92,12 +97,20 @@ class Canvas:
         corners = ((x1, y1), (x2, y1), (x2, y2), (x1, y2))
         sides = list(zip(corners, (*corners[1:], corners[0]), strict=True))
         for start, end in sides:
-            self._stroke(start, end, _WHITE, width + 2)
+            self._stroke(start, end, PAPER, width + 2)
         for start, end in sides:
             for first, last in _dashes(start, end, self._pen) if dashed else ((start, end),):
                 self._stroke(first, last, color, width, round_ends=not dashed)
 
-    def dot(self, center: Point, radius: float, color: Color, *, seam: Color = _DARK) -> None:
+    def outline(self, box: Rectangle, color: Color, width: float, *, opacity: float) -> None:
+        """The outline of an xyxy box without a seam, so faint that many can lie on each other."""
+        x1, y1, x2, y2 = self._limited(box)
+        corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        thickness = max(round(width * self._pen), 1)
+        ink = (*color, round(255 * opacity))
+        ImageDraw.Draw(self._picture, "RGBA").rectangle(corners, outline=ink, width=thickness)
+
+    def dot(self, center: Point, radius: float, color: Color, *, seam: Color = BLACK) -> None:
         """A filled disc."""
         x, y = self._fine(center)
         for reach, fill in ((radius, seam), (radius - 1.5, color)):
@@ -107,7 +120,7 @@ class Canvas:
         """An upright cross."""
         x, y = self._fine(center)
         reach = radius * self._pen
-        for extra, ink in ((2.0, _WHITE), (0.0, color)):
+        for extra, ink in ((2.0, PAPER), (0.0, color)):
             self._stroke((x - reach, y), (x + reach, y), ink, 2 + extra)
             self._stroke((x, y - reach), (x, y + reach), ink, 2 + extra)
 
@@ -123,7 +136,7 @@ class Canvas:
             square: whether it is a square on its tip.
         """
         x, y = (round(value) for value in self._fine(center))
-        for extra, fill in ((2.5, _DARK), (1.5, _WHITE)):
+        for extra, fill in ((2.5, BLACK), (1.5, PAPER)):
             _shape(self._draw, (x, y), (radius + extra) * self._pen, fill, square=square)
         reach = math.ceil(2 * radius * self._pen)
         cake = Image.new("RGB", (2 * reach + 1, 2 * reach + 1))
@@ -143,7 +156,7 @@ class Canvas:
             for value, limit in zip(aim, self.size, strict=True)
         ]
         angle = math.atan2(aim[1] - tip[1], aim[0] - tip[0])
-        for extra, fill in ((2.5, _DARK), (1.5, _WHITE), (0.0, color)):
+        for extra, fill in ((2.5, BLACK), (1.5, PAPER), (0.0, color)):
             reach = (radius + extra) * self._pen
             turns = (angle, angle + 2.4, angle - 2.4)
             corners = [(tip[0] + reach * math.cos(t), tip[1] + reach * math.sin(t)) for t in turns]
@@ -171,6 +184,18 @@ class Canvas:
         if round_ends:
             for x, y in (first, last):
                 self._draw.ellipse(_square(x, y, (thickness - 1) / 2), fill=color)
+
+
+def square_around(box: Rectangle, spots: np.ndarray) -> Rectangle:
+    """The square view of a box and of places (S, 2), as far as these are near it."""
+    x1, y1, x2, y2 = box
+    reach = _REACH * max(x2 - x1, y2 - y1, _LEAST_VIEW / 2)
+    spots = np.clip(spots, (x1 - reach, y1 - reach), (x2 + reach, y2 + reach))
+    low = np.minimum(spots.min(axis=0), (x1, y1))
+    high = np.maximum(spots.max(axis=0), (x2, y2))
+    half = max(float((high - low).max()) * (1 + 2 * _MARGIN), _LEAST_VIEW) / 2
+    x, y = ((low + high) / 2).tolist()
+    return x - half, y - half, x + half, y + half
 
 
 def _square(x: float, y: float, reach: float) -> Rectangle:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .canvas import Canvas, Color, Point, Rectangle
+from .canvas import BLACK, INK, PAPER, Canvas, Color, Point, Rectangle, square_around
 from .detections import class_colors, common_area, text_font
 
 if TYPE_CHECKING:
@@ -18,20 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Reading", "draw_panel", "level_slices", "panel_view", "reading_of"]
 
-BLACK = (20, 20, 24)
-PAPER = (255, 255, 255)
-INK = (28, 28, 28)
-GREY = (105, 108, 116)
 # By the distance from the level of the cell itself; bright, as the classes' colours are dark.
 LEVEL_COLORS: dict[int, Color] = {0: (0, 190, 255), -1: (255, 170, 0), 1: (190, 130, 255)}
 FARTHER: Color = (150, 225, 60)
 DOT_COLORS: tuple[Color, ...] = ((255, 255, 255), (255, 240, 60), (255, 150, 190), (130, 240, 210))
 MARK_RADIUS, DOT_RADIUS = 10.0, 6.0  # pixels of the picture
 _OUTWARD = ((-1, 0), (0, -1), (1, 0), (0, 1))  # of the left, top, right, bottom side
-_REACH = 0.75  # of the box's longer side: surroundings that may be shown
-_MARGIN = 0.09  # of the view
 _RELUCTANCE = 0.04  # of a text's area: what a place may hide before the next one is taken
-_LEAST_VIEW = 8.0  # pixels of the image
 _FADE = 0.2  # white that is mixed into the image
 _SIDE = 520  # pixels of a panel in which marks have their plain size
 
@@ -114,18 +107,11 @@ def level_slices(shares: np.ndarray, level: int) -> tuple[list[tuple[float, Colo
 
 def panel_view(reading: Reading) -> Rectangle:
     """The square part of the image that a detection's panel shows: its box, and what is near."""
-    x1, y1, x2, y2 = reading.box
-    reach = _REACH * max(x2 - x1, y2 - y1, _LEAST_VIEW / 2)
     corners = [corner for box in reading.other_boxes.values() for corner in (box[:2], box[2:])]
-    spots = np.concatenate(
-        (np.array([*corners, reading.location]), reading.boundary, *reading.dots.values())
+    spots = np.array([*corners, reading.location])
+    return square_around(
+        reading.box, np.concatenate((spots, reading.boundary, *reading.dots.values()))
     )
-    spots = np.clip(spots, (x1 - reach, y1 - reach), (x2 + reach, y2 + reach))
-    low = np.minimum(spots.min(axis=0), (x1, y1))
-    high = np.maximum(spots.max(axis=0), (x2, y2))
-    half = max(float((high - low).max()) * (1 + 2 * _MARGIN), _LEAST_VIEW) / 2
-    x, y = ((low + high) / 2).tolist()
-    return x - half, y - half, x + half, y + half
 
 
 def draw_panel(

@@ -204,7 +204,7 @@ def test_weights_follow_the_detector(model: Any) -> None:
 
 
 def test_wrong_use(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
-    with pytest.raises(TypeError, match=r"needs a OneStageDetector with a Selection, got Linear"):
+    with pytest.raises(TypeError, match=r"needs a OneStageDetector .*, got Linear"):
         augment(nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"short_edge_lengths=\[\], max_size=200"):
         augment(model, short_edge_lengths=[])

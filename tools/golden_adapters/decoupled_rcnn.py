@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
+from d2_decouple.checkpoint.convert_decoupled_rcnn import roi_heads_name
 from d2_decouple.layers.boxes import BoxTransform, clip_to_sizes
 from d2_decouple.modeling import (
     BoxBranch,
@@ -97,7 +98,7 @@ def _rpn(config: Mapping[str, Any]) -> DecoupledRPN:
 def decoupled_rcnn_head(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """A training pass with its gradients, a test pass, and the parts by themselves."""
     heads = _heads(case.config).to(dtype)
-    weights = {_our_name(name): value for name, value in case.weights(dtype).items()}
+    weights = {roi_heads_name(name): value for name, value in case.weights(dtype).items()}
     heads.load_state_dict(weights)
     features = {name: case.tensor(f"feature/{name}", dtype) for name in ("p2", "p3", "p4", "p5")}
     with EventStorage():
@@ -106,7 +107,7 @@ def decoupled_rcnn_head(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     parameters = dict(heads.named_parameters())
     for name in case.outputs:
         if name.startswith("grad/"):
-            gradient = parameters[_our_name(name.removeprefix("grad/"))].grad
+            gradient = parameters[roi_heads_name(name.removeprefix("grad/"))].grad
             assert gradient is not None
             results[name] = gradient
     with torch.no_grad():
@@ -154,15 +155,6 @@ def _heads(config: Mapping[str, Any]) -> DecoupledROIHeads:
             max_detections_per_image=config["max_per_img"],
         ),
     )
-
-
-def _our_name(name: str) -> str:
-    """Of ``bbox_head.{stage}.{cls_fcs.i, reg_fcs.i, fc_cls, fc_reg}.{weight, bias}``."""
-    _, stage, part, *rest = name.split(".")
-    branch = "class_branch" if part in ("cls_fcs", "fc_cls") else f"box_branches.{stage}"
-    if part.startswith("fc_"):
-        return ".".join((branch, {"fc_cls": "cls_score", "fc_reg": "bbox_pred"}[part], *rest))
-    return ".".join((branch, "head", f"fc{int(rest[0]) + 1}", *rest[1:]))
 
 
 def _images(case: Case) -> list[tuple[int, int]]:
@@ -273,7 +265,7 @@ def _stages(
             mine = sample.regions.image_index == image
             results[f"{name}/pos_gt/reg/{image}"] = sample.gt_index[mine & learned]
             results[f"{name}/refined/{image}"] = refined.boxes[mine]
-        box_sample = heads.match_again(refined, targets)
+        box_sample = heads.match_again(refined, targets, stage + 1)
     return results
 
 
