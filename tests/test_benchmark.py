@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from d2_decouple import benchmark
+from d2_decouple.benchmarks.detectors import SizedRow
 
 
 def sleeper(seconds):
@@ -81,6 +82,8 @@ def test_list_names_target_reference_and_setting(capsys):
     for name, target in (("pdnet_inference", "1.05"), ("pdnet_train_step", "1.1")):
         assert name in printed
         assert f"{target} x our FCOS" in printed
+    for row, other in (("1_inference <= 1.03", "Faster"), ("3_train_step <= 0.9", "Cascade")):
+        assert f"decoupled_rcnn_{row} x Detectron2's {other} R-CNN" in " ".join(printed.split())
     assert "800x1216" in printed
 
 
@@ -89,6 +92,27 @@ def test_a_target_of_memory_counts(rows, peak_target, met):
     """Ours needs half of what the reference does, and is fast enough."""
     rows["fast"] = dataclasses.replace(rows["fast"], peak_target=peak_target)
     assert benchmark._result("fast", repeats=1, threads=1)["met"] is met
+
+
+@pytest.mark.parametrize(("size_target", "met"), [(None, True), (0.5, True), (0.4, False)])
+def test_what_memory_is_for_is_printed_and_its_target_counts(
+    rows, size_target, met, tmp_path, capsys
+):
+    rows["fast"] = SizedRow(
+        **vars(rows["fast"]),
+        sizes=lambda: {"parameters": (9.0, 6.0), "saved": (2.0, 4.0)},
+        size_targets={"saved": size_target} if size_target else {},
+    )
+    file = tmp_path / "result.json"
+    assert benchmark.main(["--json", str(file), "--repeats", "1"]) == 0
+    fast, slow = json.loads(file.read_text())["rows"]
+    saved = {"of": "saved", "ours_mib": 2, "reference_mib": 4, "ratio": 0.5}
+    assert fast["sizes"][1] == {**saved, "target": size_target or None}
+    assert fast["met"] is met
+    assert "sizes" not in slow
+    table = capsys.readouterr().out.split("Of the memory")[1]
+    assert "parameters" in table
+    assert "slow" not in table
 
 
 @pytest.mark.parametrize(("floor_target", "met"), [(None, True), (1e6, True), (1.0, False)])

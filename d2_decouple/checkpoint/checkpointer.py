@@ -27,6 +27,10 @@ _CLASS_LAYER = "cls_score"
 _logger = logging.getLogger(__name__)
 
 
+# Of a detector; what else a file holds (of a training alone) is not missed in evaluation.
+_PARTS = ("backbone.", "head.", "proposal_generator.", "roi_heads.")
+
+
 class Checkpointer(DetectionCheckpointer):
     """Writes whole files or none, and says in one line how many tensors were loaded.
 
@@ -199,7 +203,7 @@ class Checkpointer(DetectionCheckpointer):
                 "that the checkpoint was trained with (another first number of cls_score is "
                 "another number of classes)"
             )
-        parts = [x for x in incompatible.unexpected_keys if x.startswith(("backbone.", "head."))]
+        parts = [x for x in incompatible.unexpected_keys if x.startswith(_PARTS)]
         if parts and self._complete:
             raise CheckpointError(
                 f"{len(parts)} tensors of the file have no place in this model, so it is another "

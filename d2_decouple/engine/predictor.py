@@ -251,8 +251,7 @@ class Predictor:
         Args:
             image: one image, as for a call of the predictor.
             limit: only so many detections, the strongest; by default all.
-            gt_boxes: (M, 4) of its objects, in any form, xyxy in pixels of the image. With them
-                IoU is that with a detection's object, without them that with its last box.
+            gt_boxes: (M, 4) of its objects, xyxy in pixels of the image, which IoU is then with.
 
         Returns:
             :class:`~d2_decouple.engine.stages.DetectionStages`: the detections that a call of the

@@ -59,5 +59,5 @@ def rename(
             end = key.removeprefix(prefix + theirs)
             if found := [begin + end for begin in ours if begin + end in wanted]:
                 value = state_dict.pop(key)
-                for name in found:
-                    state_dict.setdefault(prefix + name, value)
+                for name in found:  # copies, or parameters might share memory afterwards
+                    state_dict.setdefault(prefix + name, value.clone())

@@ -20,7 +20,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from util import WIDTH, excite, loss_sum, random_input, tiny, without_gradient
 
-from d2_decouple.checkpoint import Checkpointer
+from d2_decouple.checkpoint import Checkpointer, CheckpointError
 from d2_decouple.config import get_config
 from d2_decouple.modeling import DecoupledROIHeads
 
@@ -309,3 +309,9 @@ def test_bfloat16_trains() -> None:
         assert loss.item() == pytest.approx(exact[name].item(), rel=0.2), name
     loss_sum(losses).backward()
     assert without_gradient(model) == []
+
+
+def test_a_network_of_more_stages_is_not_evaluated_as_one_of_fewer(tmp_path: Path) -> None:
+    torch.save({"model": build(CASCADE).state_dict()}, tmp_path / "three.pth")
+    with pytest.raises(CheckpointError, match=r"no place in this model.*box_branches\.1"):
+        Checkpointer(build(SINGLE), complete=True).load(str(tmp_path / "three.pth"))

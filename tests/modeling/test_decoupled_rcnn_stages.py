@@ -284,7 +284,10 @@ def pruned_and_not(heads: DecoupledROIHeads, passing: int) -> list[list[Instance
         heads.selection.prune = prune
         found.append(heads.propose(features, proposals))
     for candidates in found:
-        assert len({i for x in candidates for i in x.proposal_index.tolist()}) == passing
+        index = torch.cat([x.proposal_index for x in candidates])
+        assert len(index.unique()) == passing
+        origin = torch.cat([x.stage_boxes[:, 0] for x in candidates])
+        assert torch.equal(origin, regions.boxes[index])
     return found
 
 
