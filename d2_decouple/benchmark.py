@@ -122,7 +122,7 @@ def _result(name: str, repeats: int, threads: int) -> dict[str, Any]:
         met.append(peak / reference_peak <= row.peak_target)
     if row.floor_target is not None:
         met.append(ours / floor[0] <= row.floor_target)
-    sizes = _sizes(row) if isinstance(row, SizedRow) else []
+    sizes = _sizes(row, (peak, reference_peak)) if isinstance(row, SizedRow) else []
     met += [size["ratio"] <= size["target"] for size in sizes if size["target"] is not None]
     result: dict[str, Any] = {
         "name": name,
@@ -149,7 +149,7 @@ def _result(name: str, repeats: int, threads: int) -> dict[str, Any]:
     return result
 
 
-def _sizes(row: SizedRow) -> list[dict[str, Any]]:
+def _sizes(row: SizedRow, peaks: tuple[float, float]) -> list[dict[str, Any]]:
     return [
         {
             "of": name,
@@ -158,7 +158,7 @@ def _sizes(row: SizedRow) -> list[dict[str, Any]]:
             "ratio": round(ours / reference, 3),
             "target": row.size_targets.get(name),
         }
-        for name, (ours, reference) in row.sizes().items()
+        for name, (ours, reference) in {"peak": peaks, **row.sizes()}.items()
     ]
 
 

@@ -107,7 +107,8 @@ def test_what_memory_is_for_is_printed_and_its_target_counts(
     assert benchmark.main(["--json", str(file), "--repeats", "1"]) == 0
     fast, slow = json.loads(file.read_text())["rows"]
     saved = {"of": "saved", "ours_mib": 2, "reference_mib": 4, "ratio": 0.5}
-    assert fast["sizes"][1] == {**saved, "target": size_target or None}
+    assert [size["of"] for size in fast["sizes"]] == ["peak", "parameters", "saved"]
+    assert fast["sizes"][2] == {**saved, "target": size_target or None}
     assert fast["met"] is met
     assert "sizes" not in slow
     table = capsys.readouterr().out.split("Of the memory")[1]
