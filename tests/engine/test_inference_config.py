@@ -44,7 +44,8 @@ def test_every_recipe_says_how_images_are_shown_to_it(name):
 def test_every_recipe_can_be_read_back_from_a_training(name, tmp_path):
     """All that it calls is allowed; the library's parts are in their places."""
     cfg = get_config(name)
-    assert inference_config(saved(cfg, tmp_path)).image_format == cfg.model.input_format
+    order = inference_config(saved(cfg, tmp_path)).image_format
+    assert order == cfg.dataloader.train.mapper.image_format == cfg.model.get("input_format", order)
 
 
 def test_number_of_classes_and_threshold_are_set(training):
