@@ -70,9 +70,7 @@ class CascadedClassROIHeads(DecoupledROIHeads):
         """Those of :class:`DecoupledROIHeads`, and ``loss_cls_stage{k}`` from stage 1 on."""
         losses = super().losses(features, class_sample, box_sample, targets)
         maps = self.maps(features)
-        regions = Regions.of(
-            [x.proposal_boxes.tensor for x in class_sample], [x.image_size for x in class_sample]
-        ).to(maps[0].dtype)
+        regions = Regions.of_proposals(class_sample, maps[0].dtype)
         labels = torch.cat([x.gt_classes for x in class_sample])
         for stage, branch in enumerate(self.class_branches, start=1):
             regions = self._carried(stage - 1, maps, regions, labels)
@@ -104,7 +102,7 @@ class CascadedClassROIHeads(DecoupledROIHeads):
         """As :meth:`DecoupledROIHeads.propose`, with the mean of all classifiers' scores."""
         sizes = [x.image_size for x in proposals]
         maps = self.maps(features)
-        first = Regions.of([x.proposal_boxes.tensor for x in proposals], sizes).to(maps[0].dtype)
+        first = Regions.of_proposals(proposals, maps[0].dtype)
         regions, boxes, scores = first, [], []
         for stage in range(len(self.box_branches)):
             pooled = self.pool(maps, regions)

@@ -23,7 +23,7 @@ from ..layers.boxes import clip_to_sizes
 from ..layers.losses import loss_normalizer
 from ..layers.precision import at_least_float32
 from .decoupled_rpn import dense_proposals
-from .loading import drop_misfits, rename
+from .loading import FASTER_RCNN, drop_misfits, rename
 from .regions import (
     Regions,
     RegionSelection,
@@ -32,6 +32,7 @@ from .regions import (
     log_accuracy,
     log_scalar,
     match_regions,
+    pool_both,
     pool_regions,
 )
 from .roi_branches import ClassBranch, Regressor, check_num_classes, class_change
@@ -150,7 +151,7 @@ class DecoupledROIHeads(StandardROIHeads):
 
     def maps(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """The maps that regions are pooled from, laid out for it, in float32 or wider."""
-        # In bfloat16 the pooling would round the regions' coordinates to four pixels and more.
+        # In bfloat16 coordinates would be rounded to four pixels and more.
         return [at_least_float32(features[name]).contiguous() for name in self.box_in_features]
 
     def pool(self, maps: Sequence[Tensor], regions: Regions, scale: float = 1.0) -> Tensor:
@@ -163,9 +164,7 @@ class DecoupledROIHeads(StandardROIHeads):
 
         The others count in the divisor of the loss, and are seen by branches that see all.
         """
-        boxes = [x.proposal_boxes.tensor for x in proposals]
-        regions = Regions.of(boxes, [x.image_size for x in proposals])
-        samples = self.match(regions, targets, 0)
+        samples = self.match(Regions.of_proposals(proposals, torch.float32), targets, 0)
         return draw_samples(
             samples, len(proposals), self.box_batch_size_per_image, self.num_classes
         )
@@ -190,16 +189,22 @@ class DecoupledROIHeads(StandardROIHeads):
             targets: ground truth of each image.
         """
         maps = self.maps(features)
-        regions = Regions.of(
-            [x.proposal_boxes.tensor for x in class_sample], [x.image_size for x in class_sample]
-        ).to(maps[0].dtype)
+        regions = Regions.of_proposals(class_sample, maps[0].dtype)
         box_sample = box_sample.to(maps[0].dtype)
         labels = torch.cat([x.gt_classes for x in class_sample])
-        logits, _ = self.class_branch(self.pool(maps, regions))
+        known = not self.box_branches[0].sees_all and self.box_branches[0].roi_scale == 1
+        learned = box_sample.regions.at((box_sample.gt_classes < self.num_classes) & known)
+        pooled, pooled_learned = pool_both(self.box_pooler, maps, regions, learned)
+        logits, _ = self.class_branch(pooled)
         losses = {"loss_cls": self.class_loss(logits, labels)}
         for stage in range(len(self.box_branches)):
             losses[f"loss_box_reg_stage{stage}"], box_sample = self.box_loss(
-                stage, maps, regions, box_sample, targets
+                stage,
+                maps,
+                regions,
+                box_sample,
+                targets,
+                pooled_learned if known and not stage else None,
             )
         return losses
 
@@ -217,11 +222,12 @@ class DecoupledROIHeads(StandardROIHeads):
         class_regions: Regions,
         sample: Samples,
         targets: Sequence[Instances],
+        pooled: Tensor | None = None,
     ) -> tuple[Tensor, Samples]:
-        """The loss of one stage (from 0), and the regions of the next one."""
+        """A stage's loss, and the next one's regions; ``pooled`` (S+, ...) are the positives'."""
         learned = sample.at(sample.gt_classes < self.num_classes)
         log_scalar(f"roi_head/num_positives_stage{stage}", len(learned) / len(targets))
-        change = self.changes_in_training(stage, maps, class_regions, sample, learned)
+        change = self.changes_in_training(stage, maps, class_regions, sample, learned, pooled)
         transform = self.box_branches[stage].transform
         gt_change = transform.get_deltas(learned.regions.boxes, learned.gt_boxes)
         # Half of both samples at stage 1, which is the box sample's size where both are full.
@@ -240,6 +246,7 @@ class DecoupledROIHeads(StandardROIHeads):
         class_regions: Regions,
         sample: Samples,
         learned: Samples,
+        pooled: Tensor | None = None,
     ) -> Tensor:
         """(S+, 4) predicted changes of the positives, each of its object's class."""
         branch = self.box_branches[stage]
@@ -248,7 +255,7 @@ class DecoupledROIHeads(StandardROIHeads):
             deltas = self.run_stage(stage, maps, seen)[len(seen) - len(sample) :]
             deltas = deltas[sample.gt_classes < self.num_classes]
         else:
-            deltas = self.run_stage(stage, maps, learned.regions)
+            deltas = self.run_stage(stage, maps, learned.regions, pooled)
         return class_change(deltas, learned.gt_classes)
 
     @torch.no_grad()
@@ -312,10 +319,8 @@ class DecoupledROIHeads(StandardROIHeads):
         of the batch's proposals each was, and ``stage_boxes`` (D, K + 1, 4): the proposal, and
         the box after each stage, xyxy pixels of the resized image.
         """
-        sizes = [x.image_size for x in proposals]
         maps = self.maps(features)
-        regions = Regions.of([x.proposal_boxes.tensor for x in proposals], sizes)
-        regions = regions.to(maps[0].dtype)
+        regions = Regions.of_proposals(proposals, maps[0].dtype)
         pooled = self.pool(maps, regions)
         logits, hidden = self.class_branch(pooled)
         scores = self.score(logits)
@@ -324,7 +329,7 @@ class DecoupledROIHeads(StandardROIHeads):
             regions, scores, logits = regions.at(rows), scores[rows], logits[rows]
             pooled, hidden = pooled[rows], hidden[rows]
         boxes = self.refine(maps, regions, logits, pooled, hidden)
-        return self.select(regions, boxes, scores, rows, sizes)
+        return self.select(regions, boxes, scores, rows, [x.image_size for x in proposals])
 
     def score(self, logits: Tensor) -> Tensor:
         """(S, K) probabilities of the classes, without that of background, from (S, K + 1)."""
@@ -391,13 +396,6 @@ class DecoupledROIHeads(StandardROIHeads):
     ) -> None:
         # A Faster R-CNN's one head begins as both: with its weights and one stage, this detects
         # what it does.
-        rename(self, state_dict, prefix, _FASTER_RCNN)
+        rename(self, state_dict, prefix, FASTER_RCNN)
         drop_misfits(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-_FASTER_RCNN = {  # Detectron2's names -> ours
-    "box_head.": ("class_branch.head.", "box_branches.0.head."),
-    "box_predictor.cls_score.": ("class_branch.cls_score.",),
-    "box_predictor.bbox_pred.": ("box_branches.0.bbox_pred.",),
-}

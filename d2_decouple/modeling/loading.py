@@ -7,9 +7,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["drop_misfits", "rename"]
+__all__ = ["FASTER_RCNN", "drop_misfits", "rename"]
 
 _logger = logging.getLogger(__name__)
+
+FASTER_RCNN = {  # Detectron2's names -> ours
+    "box_head.": ("class_branch.head.", "box_branches.0.head."),
+    "box_predictor.cls_score.": ("class_branch.cls_score.",),
+    "box_predictor.bbox_pred.": ("box_branches.0.bbox_pred.",),
+}
 
 
 def drop_misfits(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

@@ -7,13 +7,20 @@ import pytest
 import torch
 from decoupled_rcnn_parts import CHANNELS, STRIDES, pooler_of
 from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor
 from util import make_instances
 
 from d2_decouple.layers.boxes import enlarged
 from d2_decouple.modeling import HardNMS, RegionSelection
-from d2_decouple.modeling.regions import Regions, draw_samples, match_regions, pool_regions
+from d2_decouple.modeling.regions import (
+    Regions,
+    draw_samples,
+    match_regions,
+    pool_both,
+    pool_regions,
+)
 
 DOUBLE = torch.float64
 SIZES = [(480, 640), (400, 500)]
@@ -248,3 +255,44 @@ def test_the_best_are_kept_after_suppression() -> None:
 def test_suppression_must_be_callable() -> None:
     with pytest.raises(TypeError, match=r"selection\.nms must be callable.*HardNMS.*got 0\.5"):
         RegionSelection(test_score_thresh=0.1, nms=0.5)  # type: ignore[arg-type]
+
+
+def test_two_sets_are_pooled_as_each_by_itself_and_equal_regions_once(monkeypatch):
+    """Values and gradients; four of the second set's eight regions are in the first."""
+    torch.manual_seed(2)
+    maps = [torch.randn(2, 3, 32 // n, 40 // n, dtype=torch.float64) for n in (1, 2)]
+    corners = torch.rand(9, 2, 2, dtype=torch.float64) * 100
+    boxes = torch.cat((corners.amin(1), corners.amax(1) + 4), dim=1)
+    sizes = [(128, 160), (128, 160)]
+    first = Regions.of([boxes[:4], boxes[4:6]], sizes)
+    # Of the second image those that the first image has count as others.
+    second = Regions.of([boxes[[6, 1]], boxes[[5, 0, 5, 7, 8, 4]]], sizes)
+    pooler = ROIPooler(7, [1 / 4, 1 / 8], 0, "ROIAlignV2", canonical_box_size=64, canonical_level=2)
+    counts = []
+
+    def counted(pooler, maps, regions, scale=1.0):
+        counts.append(len(regions))
+        return pool_regions(pooler, maps, regions, scale)
+
+    def gradients(pooled):
+        leaves = [x.clone().requires_grad_() for x in maps]
+        mine, others = pooled(leaves)
+        weights = torch.linspace(-1, 1, mine.numel(), dtype=torch.float64).view_as(mine)
+        total = (mine * weights).sum() + (others.square() * torch.arange(8).view(-1, 1, 1, 1)).sum()
+        return mine, others, torch.autograd.grad(total, leaves)
+
+    apart = gradients(lambda x: [pool_regions(pooler, x, part) for part in (first, second)])
+    monkeypatch.setattr("d2_decouple.modeling.regions.pool_regions", counted)
+    together = gradients(lambda x: pool_both(pooler, x, first, second))
+    torch.testing.assert_close(together, apart)
+    assert counts == [6 + 4]  # boxes 6, 0, 7 and 8 are new
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 2), (2, 0)])
+def test_two_sets_of_which_one_is_empty(counts):
+    boxes = [torch.tensor([[0.0, 0, 8, 8], [4, 4, 20, 12]])[:n] for n in counts]
+    sets = [Regions.of([x], [(32, 32)]) for x in boxes]
+    pooler = ROIPooler(7, [1 / 4], 0, "ROIAlignV2")
+    mine, others = pool_both(pooler, [torch.randn(1, 3, 8, 8)], *sets)
+    assert mine.shape == (counts[0], 3, 7, 7)
+    assert others.shape == (counts[1], 3, 7, 7)

@@ -35,6 +35,7 @@ from d2_decouple.modeling import (
     FCHead,
     SharedBoxBranch,
 )
+from d2_decouple.modeling.regions import pool_regions
 from d2_decouple.modeling.roi_branches import class_change
 
 IDENTITY = BoxTransform()
@@ -240,21 +241,22 @@ def test_only_positives_are_learned_from() -> None:
     assert positives.min() >= len(seen[0]) - len(seen[1])
 
 
-def test_regions_are_enlarged_in_training_and_at_test() -> None:
+def test_regions_are_enlarged_in_training_and_at_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is pooled for the class branch is not what the convolutions get."""
+    scales: list[float] = []
+
+    def spied(pooler: Any, maps: Any, regions: Any, scale: float = 1.0) -> Tensor:
+        scales.append(scale)
+        return pool_regions(pooler, maps, regions, scale)
+
+    for module in ("regions", "decoupled_rcnn"):
+        monkeypatch.setattr(f"d2_decouple.modeling.{module}.pool_regions", spied)
     for training in (True, False):
         heads, (proposals, targets) = conv_heads(1).train(training), scene()
-        scales: list[float] = []
-        pool = heads.pool
-
-        def spied(maps: Any, regions: Any, scale: float = 1.0, pool: Any = pool) -> Tensor:
-            scales.append(scale)  # noqa: B023
-            return pool(maps, regions, scale)
-
-        heads.pool = spied
         with EventStorage():
             heads(None, features_of(), proposals if training else list(proposals), targets)
         assert scales == [1.0, 1.3]
+        scales.clear()
 
 
 def test_norms_without_regions() -> None:

@@ -216,9 +216,7 @@ def _stages(
     """What each stage sees, predicts, shall learn and hands on."""
     results: dict[str, Tensor] = {}
     maps, dtype = heads.maps(features), features["p2"].dtype
-    class_regions = Regions.of(
-        [x.proposal_boxes.tensor for x in drawn], [x.image_size for x in drawn]
-    ).to(dtype)
+    class_regions = Regions.of_proposals(drawn, dtype)
     class_labels = torch.cat([x.gt_classes for x in drawn])
     for image, (item, target) in enumerate(zip(drawn, targets, strict=True)):
         positive = item.gt_classes < heads.num_classes
@@ -309,8 +307,7 @@ def _test(case: Case, heads: DecoupledROIHeads, features: dict[str, Tensor]) -> 
     heads.eval()
     dtype, scale = features["p2"].dtype, case.tensor("scale_factor")
     proposals = _proposals(case, "test")
-    sizes = [x.image_size for x in proposals]
-    regions = Regions.of([x.proposal_boxes.tensor for x in proposals], sizes).to(dtype)
+    regions = Regions.of_proposals(proposals, dtype)
     maps = heads.maps(features)
     logits, _ = heads.class_branch(heads.pool(maps, regions))
     boxes = heads.refine(maps, regions, logits)[-1] / scale.to(dtype)
