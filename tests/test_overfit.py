@@ -11,7 +11,11 @@ from d2_decouple.config import get_config
 from d2_decouple.data import BCCD_CLASSES
 from d2_decouple.engine import lazy_recipe, train
 
-RECIPES = {"fcos_R_18_FPN_bccd": 110, "pdnet_R_18_FPN_bccd": 110}  # iterations
+RECIPES = {  # iterations
+    "fcos_R_18_FPN_bccd": 110,
+    "pdnet_R_18_FPN_bccd": 110,
+    "decoupled_rcnn_R_18_FPN_bccd": 90,
+}
 PLATELETS = BCCD_CLASSES.index("Platelets")
 
 

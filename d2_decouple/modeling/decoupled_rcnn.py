@@ -394,8 +394,7 @@ class DecoupledROIHeads(StandardROIHeads):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # A Faster R-CNN's one head begins as both: with its weights and one stage, this detects
-        # what it does.
+        # A Faster R-CNN's one head begins as both: with one stage this then detects the same.
         rename(self, state_dict, prefix, FASTER_RCNN)
         drop_misfits(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -44,11 +44,13 @@ YACS = [
     *("INPUT.MIN_SIZE_TRAIN", "(64, 96)", "INPUT.MIN_SIZE_TEST", "96", "TEST.EVAL_PERIOD", "0"),
     *("MODEL.DECOUPLE.OVERRIDES", "['train.ema.enabled=true', 'train.accumulate=2']"),
 ]
+# The second draws proposals, of both densities.
+LAZY = {"lazy": "fcos_R_18_FPN_bccd", "two stages": "decoupled_rcnn_R_18_FPN_bccd"}
 
 
 def command(kind, folder):
-    if kind == "lazy":
-        return ["--config-file", "fcos_R_18_FPN_bccd", *EVERYTHING, f"train.output_dir={folder}"]
+    if kind in LAZY:
+        return ["--config-file", LAZY[kind], *EVERYTHING, f"train.output_dir={folder}"]
     # By this door a method that computes on its own predictions: the operator, two label sets.
     return ["--config-file", "pdnet_R_18_FPN_bccd.yaml", *YACS, "OUTPUT_DIR", str(folder)]
 
@@ -75,7 +77,7 @@ def checkpoint(folder, name="model_final.pth"):
     return stored
 
 
-@pytest.mark.parametrize("kind", ["lazy", "yacs"])
+@pytest.mark.parametrize("kind", [*LAZY, "yacs"])
 def test_a_stopped_and_resumed_training_equals_the_unbroken_one(
     kind, tmp_path, monkeypatch, capsys
 ):
