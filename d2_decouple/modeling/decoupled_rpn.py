@@ -11,8 +11,8 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import nms
 
-from ..layers.boxes import clip_to_sizes
 from ..layers.precision import at_least_float32
+from .selection import clip_to_image
 
 __all__ = ["DecoupledProposals", "DecoupledRPN", "dense_proposals", "suppress_levels"]
 
@@ -90,16 +90,15 @@ class DecoupledRPN(RPN):
         found = self.candidates(
             [x.tensor for x in anchors], pred_objectness_logits, pred_anchor_deltas, image_sizes
         )
-        first = self._instances(found, image_sizes, self.nms_thresh, self._limit())
+        first = self._instances(
+            found, image_sizes, self.nms_thresh, self.post_nms_topk[self.training]
+        )
         if not self.training:
             return first
         return DecoupledProposals(
             first,
             self._instances(found, image_sizes, self.nms_thresh_reg, self.post_nms_topk_reg),
         )
-
-    def _limit(self) -> int:
-        return self.post_nms_topk[self.training]
 
     def candidates(
         self,
@@ -140,7 +139,7 @@ class DecoupledRPN(RPN):
                     "train.max_grad_norm=10"
                 )
             scores, boxes = scores[finite], boxes[finite]
-        boxes = clip_to_sizes(boxes, boxes.new_tensor(size).expand(len(boxes), 2))
+        boxes = clip_to_image(boxes, size)
         large = (boxes[:, 2:] - boxes[:, :2] > self.min_box_size).all(-1)
         return scores[large], boxes[large]
 

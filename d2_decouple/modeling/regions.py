@@ -64,6 +64,11 @@ class Regions:
         """With boxes of this dtype."""
         return replace(self, boxes=self.boxes.to(dtype))
 
+    @property
+    def rois(self) -> Tensor:
+        """(S, 5) boxes with the image's index in front, as pooling takes them."""
+        return torch.cat((self.image_index[:, None].to(self.boxes.dtype), self.boxes), dim=1)
+
     def at(self, rows: Tensor) -> "Regions":
         """Those of the given rows (indices or a mask)."""
         return Regions(self.boxes[rows], self.image_index[rows], self.sizes[rows])
@@ -149,8 +154,8 @@ def pool_regions(
         regions: of the batch.
         scale: regions are pooled so many times as wide and high; levels are those of the boxes.
     """
-    boxes = regions.boxes if scale == 1 else enlarged(regions.boxes, scale)
-    rois = torch.cat((regions.image_index[:, None].to(boxes.dtype), boxes), dim=1)
+    seen = regions if scale == 1 else replace(regions, boxes=enlarged(regions.boxes, scale))
+    rois = seen.rois
     pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *pooler.output_size)
     levels = _levels(pooler, regions.boxes)
     for level, (feature, pool) in enumerate(zip(maps, pooler.level_poolers, strict=True)):
@@ -166,10 +171,8 @@ def pool_both(
 
     A pooling's backward fills and adds a gradient as large as the maps, so one is better than two.
     """
-    both = first.joined(second)
-    # With the image in front; equal rows get equal numbers.
-    rows = torch.cat((both.image_index[:, None].to(both.boxes.dtype), both.boxes), dim=1)
-    number = rows.unique(dim=0, return_inverse=True)[1]
+    # Equal regions get equal numbers.
+    number = first.joined(second).rois.unique(dim=0, return_inverse=True)[1]
     place = torch.full_like(number, -1)
     place[number[: len(first)]] = torch.arange(len(first), device=number.device)
     place = place[number[len(first) :]]  # of each region of the second set in the first, or -1

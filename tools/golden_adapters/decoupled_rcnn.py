@@ -250,7 +250,7 @@ def _stages(
             sample.regions.boxes[learned], sample.gt_boxes[learned]
         )
         results |= {
-            f"{name}/rois": _rois(regions.at(order)),
+            f"{name}/rois": regions.at(order).rois,
             f"{name}/bbox_pred": deltas,
             f"{name}/labels_reg": labels[order],
             f"{name}/bbox_targets": wanted[order],
@@ -280,10 +280,6 @@ def _in_their_order(
 def _rows_of(boxes: Tensor, among: Tensor) -> Tensor:
     """The first row of ``among`` that equals each box."""
     return (boxes[:, None] == among).all(-1).int().argmax(1)
-
-
-def _rois(regions: Regions) -> Tensor:
-    return torch.cat((regions.image_index[:, None].to(regions.boxes.dtype), regions.boxes), dim=1)
 
 
 def _parts(case: Case, heads: DecoupledROIHeads, dtype: torch.dtype) -> dict[str, Tensor]:
