@@ -2,72 +2,28 @@
 """The demo's --show-points: its pictures, its JSON, and what it refuses."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from demo_runs import CLASSES, demo_of, save_picture, write_trained, written
 from PIL import Image
-from util import excite, tiny_model
 
-from d2_decouple import demo
 from d2_decouple.data.videos import VideoWriter
 from d2_decouple.engine.predictor import Predictor
 from d2_decouple.visualization import draw_points
 
-CLASSES = ["ant", "bee", "cat"]
-RECIPE = """
-from util import tiny
-from d2_decouple.config import get_config
-
-cfg = tiny(get_config("{name}"))
-model, dataloader = cfg.model, cfg.dataloader
-dataloader.test.mapper.augmentations[0].update(short_edge_length=64, max_size=96)
-"""
 PDNET, FCOS = "pdnet_R_18_FPN_bccd", "fcos_R_18_FPN_bccd"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """For each recipe its file and weights."""
-    folder = tmp_path_factory.mktemp("trained")
-    files = {}
-    for name in (PDNET, FCOS):
-        files[name] = (folder / f"{name}.py", folder / f"{name}.pth")
-        files[name][0].write_text(RECIPE.format(name=name))
-        torch.manual_seed(0)
-        model = excite(tiny_model(name), 0.7)
-        torch.save({"model": model.state_dict(), "classes": CLASSES}, files[name][1])
-    return files
+    return write_trained(tmp_path_factory.mktemp("trained"), (PDNET, FCOS))
 
 
 @pytest.fixture
 def run(trained, tmp_path, capsys):
-    """Runs the demo on inputs; exit status, what was printed, what was complained about."""
-
-    def call(*inputs, options=("--show-points",), recipe=PDNET, output="out"):
-        config, weights = trained[recipe]
-        status = demo.main(
-            [
-                *("--config-file", str(config), "--weights", str(weights), "--device", "cpu"),
-                *("--output", str(tmp_path / output), "--score-thresh", "0.05"),
-                *("--input", *map(str, inputs), *options),
-            ]
-        )
-        return status, *capsys.readouterr()
-
-    return call
-
-
-def save_picture(path: Path, seed=0) -> Path:
-    noise = np.random.default_rng(seed).integers(256, size=(8, 8, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(noise).resize((90, 60), Image.Resampling.NEAREST).save(path)
-    return path
-
-
-def written(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return demo_of(trained, tmp_path, capsys, "--show-points", PDNET)
 
 
 @pytest.mark.parametrize(("options", "limit"), [((), 4), (("2",), 2)])
