@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ..layers.boxes import clip_to_sizes
 from ..layers.losses import loss_normalizer
 from ..layers.precision import at_least_float32
+from ..structures import foreground
 from .decoupled_rpn import dense_proposals
 from .loading import FASTER_RCNN, drop_misfits, rename
 from .regions import (
@@ -193,7 +194,7 @@ class DecoupledROIHeads(StandardROIHeads):
         box_sample = box_sample.to(maps[0].dtype)
         labels = torch.cat([x.gt_classes for x in class_sample])
         known = not self.box_branches[0].sees_all and self.box_branches[0].roi_scale == 1
-        learned = box_sample.regions.at((box_sample.gt_classes < self.num_classes) & known)
+        learned = box_sample.regions.at(foreground(box_sample.gt_classes, self.num_classes) & known)
         pooled, pooled_learned = pool_both(self.box_pooler, maps, regions, learned)
         logits, _ = self.class_branch(pooled)
         losses = {"loss_cls": self.class_loss(logits, labels)}
@@ -225,16 +226,15 @@ class DecoupledROIHeads(StandardROIHeads):
         pooled: Tensor | None = None,
     ) -> tuple[Tensor, Samples]:
         """A stage's loss, and the next one's regions; ``pooled`` (S+, ...) are the positives'."""
-        learned = sample.at(sample.gt_classes < self.num_classes)
+        learned = sample.at(foreground(sample.gt_classes, self.num_classes))
         log_scalar(f"roi_head/num_positives_stage{stage}", len(learned) / len(targets))
         change = self.changes_in_training(stage, maps, class_regions, sample, learned, pooled)
         transform = self.box_branches[stage].transform
         gt_change = transform.get_deltas(learned.regions.boxes, learned.gt_boxes)
         # Half of both samples at stage 1, which is the box sample's size where both are full.
         count = (len(class_regions) + len(sample)) / 2 if stage == 0 else len(sample)
-        divisor = loss_normalizer(change.new_tensor(count))
         weight = self.box_loss_weight * self.stage_loss_weights[stage]
-        loss = weight * (change - gt_change).abs().sum() / divisor
+        loss = weight * (change - gt_change).abs().sum() / loss_normalizer(change.new_tensor(count))
         if stage + 1 < len(self.box_branches):
             sample = self.match_again(self.refined(stage, sample, change), targets, stage + 1)
         return loss, sample
@@ -253,7 +253,7 @@ class DecoupledROIHeads(StandardROIHeads):
         if branch.sees_all:
             seen = class_regions.joined(sample.regions) if stage == 0 else sample.regions
             deltas = self.run_stage(stage, maps, seen)[len(seen) - len(sample) :]
-            deltas = deltas[sample.gt_classes < self.num_classes]
+            deltas = deltas[foreground(sample.gt_classes, self.num_classes)]
         else:
             deltas = self.run_stage(stage, maps, learned.regions, pooled)
         return class_change(deltas, learned.gt_classes)
@@ -261,7 +261,7 @@ class DecoupledROIHeads(StandardROIHeads):
     @torch.no_grad()
     def refined(self, stage: int, sample: Samples, change: Tensor) -> Regions:
         """Positives moved by their ``change`` (S+, 4) and cut to the image; others as they were."""
-        positive = sample.gt_classes < self.num_classes
+        positive = foreground(sample.gt_classes, self.num_classes)
         learned = sample.regions.at(positive)
         moved = self.box_branches[stage].transform.apply_deltas(change.detach(), learned.boxes)
         boxes = sample.regions.boxes.clone()

@@ -11,6 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ..layers.boxes import clip_to_sizes, enlarged, overlaps
+from ..structures import foreground
 
 __all__ = [
     "RegionSelection",
@@ -193,9 +194,9 @@ def _levels(pooler: ROIPooler, boxes: Tensor) -> Tensor:
 
 def draw_samples(samples: Samples, num_images: int, limit: int, num_classes: int) -> Samples:
     """At most ``limit`` of each image: positives, as many as there are, then others by chance."""
-    rows = []
+    rows, positive = [], foreground(samples.gt_classes, num_classes)
     for image in range(num_images):
-        mine, positive = samples.regions.image_index == image, samples.gt_classes < num_classes
+        mine = samples.regions.image_index == image
         chosen = _some_of((mine & positive).nonzero()[:, 0], limit)
         rows += [chosen, _some_of((mine & ~positive).nonzero()[:, 0], limit - len(chosen))]
     return samples.at(torch.cat(rows))
@@ -212,7 +213,7 @@ def log_accuracy(logits: Tensor, labels: Tensor, num_classes: int) -> None:
     """Record the shares of regions, and of positives, whose likeliest class is right."""
     if not len(labels):
         return
-    right, positive = logits.argmax(-1) == labels, labels < num_classes
+    right, positive = logits.argmax(-1) == labels, foreground(labels, num_classes)
     log_scalar("roi_head/cls_accuracy", right.float().mean())
     log_scalar("roi_head/fg_cls_accuracy", (right & positive).sum() / positive.sum().clamp(min=1))
 

@@ -5,7 +5,6 @@ No sample is drawn by chance: each is larger than its candidates are many. Batch
 have the statistics of one process, so that is said of fully connected layers.
 """
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from decoupled_rcnn_parts import (
 )
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
+from process_groups import PROCESSES, join
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from util import loss_sum, make_instances, random_input, tiny
@@ -31,7 +31,6 @@ from util import loss_sum, make_instances, random_input, tiny
 from d2_decouple.config import get_config
 from d2_decouple.modeling import DecoupledProposals
 
-PROCESSES = 2
 FULL, BARE, EMPTY = OBJECTS[0], OBJECTS[1], ([], [])
 CASES: dict[str, list[Any]] = {  # of each image; the first half goes to the first process
     "ordinary": [FULL, BARE, BARE, FULL],
@@ -111,14 +110,7 @@ def gradients(model: nn.Module, wrapped: nn.Module, images: list[int], objects: 
 
 
 def train_half(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),
-    )
+    join(rank, folder)
     results = {}
     own = [0, 1] if rank == 0 else [2, 3]
     for name in TOLERANCE:

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes with half the batch each learn what one process learns from the whole batch."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from compositions import CLASSES, compose
+from process_groups import PROCESSES, join
 from torch.nn.parallel import DistributedDataParallel
 from util import loss_sum, make_instances, random_input
 
-PROCESSES = 2
 SIZE = (64, 64)  # one size: padding would change what GroupNorm sees
 OBJECTS = {  # of each image; the first half of the images goes to the first process
     "ordinary": (3, 2, 4, 1),
@@ -48,14 +47,7 @@ def fresh(name):
 
 
 def train_half(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),
-    )
+    join(rank, folder)
     results = {}
     for name in MODELS:
         model = fresh(name)
