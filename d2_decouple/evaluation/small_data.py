@@ -63,6 +63,17 @@ ROWS = (
         Row(recipe=recipe, hosts=("fcos_R_18_FPN_bccd", "pdnet_R_18_FPN_bccd_off"))
         for recipe in ("pdnet_R_18_FPN_bccd_cls", "pdnet_R_18_FPN_bccd_box", "pdnet_R_18_FPN_bccd")
     ),
+    Row(recipe="atss_R_18_FPN_bccd", hosts=("fcos_R_18_FPN_bccd",)),
+    Row(recipe="gfl_R_18_FPN_bccd", hosts=("atss_R_18_FPN_bccd",)),
+    *(
+        Row(
+            recipe=f"tscode_{host}_R_18_FPN_bccd{half}",
+            hosts=(f"{host}_R_18_FPN_bccd",),
+            seeds=(1,) if half else (1, 2, 3),
+        )
+        for host in ("fcos", "atss", "gfl")
+        for half in ("_sce", "_dpe", "")
+    ),
     Row(recipe="faster_rcnn_R_18_FPN_bccd_d2"),
     Row(recipe="cascade_rcnn_R_18_FPN_bccd_d2", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),
     Row(recipe="decoupled_rcnn_R_18_FPN_bccd_single", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),

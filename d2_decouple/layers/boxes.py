@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-__all__ = ["BoxTransform", "clip_to_sizes", "enlarged", "overlaps"]
+__all__ = [
+    "BoxTransform",
+    "box_changes",
+    "changed_boxes",
+    "clip_to_sizes",
+    "enlarged",
+    "overlaps",
+    "paired_overlaps",
+]
 
 _LARGEST_CHANGE = math.log(1000 / 16)  # of the logarithm of a side
+_MIN_AREA = 1e-6  # floor of unions, in the boxes' unit squared
 
 
 class BoxTransform:
@@ -48,7 +57,7 @@ class BoxTransform:
         Raises:
             ValueError: a box has no width or no height.
         """
-        middle, size = _middle_and_size(src_boxes)
+        size = src_boxes[:, 2:] - src_boxes[:, :2]
         flat = ~(size > 0).all(-1)  # also where there is NaN
         if bool(flat.any()):
             number = int(flat.sum())
@@ -56,10 +65,8 @@ class BoxTransform:
                 f"{number} of {len(src_boxes)} boxes have no area, so no change leads from them "
                 "to another; leave them out before (x2 > x1 and y2 > y1)"
             )
-        target_middle, target_size = _middle_and_size(target_boxes)
-        moved = (target_middle - middle) / size
-        scaled = (target_size / size).log()
-        return torch.cat((moved, scaled), dim=-1) * moved.new_tensor(self.weights)
+        changes = box_changes(src_boxes, target_boxes)
+        return changes * changes.new_tensor(self.weights)
 
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """Boxes (S, 4 B) after B changes each.
@@ -71,11 +78,33 @@ class BoxTransform:
         if not deltas.dtype.itemsize > 2:
             deltas = deltas.float()
         changes = deltas.unflatten(-1, (-1, 4)) / deltas.new_tensor(self.weights)
-        middle, size = (x[:, None] for x in _middle_and_size(boxes.to(deltas.dtype)))
-        limit = self.scale_clamp
-        middle = middle + changes[..., :2] * size
-        half = size * changes[..., 2:].clamp(-limit, limit).exp() / 2
-        return torch.cat((middle - half, middle + half), dim=-1).flatten(1)
+        boxes = boxes.to(deltas.dtype)[:, None]
+        return changed_boxes(changes, boxes, self.scale_clamp).flatten(1)
+
+
+def box_changes(boxes: Tensor, targets: Tensor) -> Tensor:
+    """(..., 4) changes (dx, dy, dw, dh) that make (..., 4) xyxy targets of (..., 4) xyxy boxes.
+
+    The way back from :func:`changed_boxes`. Nothing is checked: a box without an area gives what
+    is not finite.
+    """
+    middle, size = _middle_and_size(boxes)
+    target_middle, target_size = _middle_and_size(targets)
+    return torch.cat(((target_middle - middle) / size, (target_size / size).log()), dim=-1)
+
+
+def changed_boxes(changes: Tensor, boxes: Tensor, scale_clamp: float = _LARGEST_CHANGE) -> Tensor:
+    """(..., 4) xyxy boxes that (..., 4) changes (dx, dy, dw, dh) make of (..., 4) xyxy boxes.
+
+    Args:
+        changes: of the middle in shares of the box's sides, and of the logarithms of the sides.
+        boxes: anything that broadcasts against the changes.
+        scale_clamp: dw and dh are cut to +- this before the exponential.
+    """
+    middle, size = _middle_and_size(boxes)
+    middle = middle + changes[..., :2] * size
+    half = size * changes[..., 2:].clamp(-scale_clamp, scale_clamp).exp() / 2
+    return torch.cat((middle - half, middle + half), dim=-1)
 
 
 def _middle_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,3 +128,15 @@ def enlarged(boxes: Tensor, factor: float) -> Tensor:
 def overlaps(gt_boxes: Tensor, boxes: Tensor) -> Tensor:
     """(M, S) IoU of (M, 4) with (S, 4) xyxy boxes; 0 where neither has an area."""
     return box_iou(gt_boxes, boxes.to(gt_boxes.dtype)).nan_to_num_(nan=0.0)
+
+
+def paired_overlaps(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """(...) IoU of (..., 4) boxes with (..., 4) others, one to one, all xyxy in one unit.
+
+    0 where neither has an area, and where one is inverted.
+    """
+    low = torch.maximum(boxes[..., :2], gt_boxes[..., :2])
+    high = torch.minimum(boxes[..., 2:], gt_boxes[..., 2:])
+    common = (high - low).clamp(min=0).prod(-1)
+    areas = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (boxes, gt_boxes)]
+    return common / (areas[0] + areas[1] - common).clamp(min=_MIN_AREA)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The detector and what goes into its slots. Importing this registers with Detectron2."""
 
+from .atss import ATSSAssigner, ATSSPredictor
 from .augmented import TestTimeAugmentation
 from .cascaded_classes import CascadedClassROIHeads
 from .decoupled_rcnn import DecoupledROIHeads
@@ -16,7 +17,7 @@ from .dynamic_points import (
 from .fcos import FCOSAssigner, FCOSPredictor, unit_weight
 from .head import ClassPredictor, DenseHead, SharedContext
 from .pdnet import PDNetAssigner, PDNetPredictor
-from .pyramid import FPN, FoldedConv2d, fold_frozen_norms
+from .pyramid import FPN, PAFPN, FoldedConv2d, LinearP6P7, fold_frozen_norms
 from .regions import RegionSelection
 from .roi_branches import (
     BoxBranch,
@@ -42,9 +43,14 @@ from .selection import (
     product_score,
 )
 from .terms import FocalTerm, GIoUTerm, QualityTerm, coarse_targets, loss_terms, main_targets
+from .tscode import TSCODE, RearrangedClassPredictor, TSCODEOptions
 
 __all__ = [
     "FPN",
+    "PAFPN",
+    "TSCODE",
+    "ATSSAssigner",
+    "ATSSPredictor",
     "BestLocations",
     "BestPairs",
     "BoundaryPoints",
@@ -92,4 +98,7 @@ __all__ = [
     "predicted_boxes",
     "product_score",
     "unit_weight",
+    "LinearP6P7",
+    "RearrangedClassPredictor",
+    "TSCODEOptions",
 ]

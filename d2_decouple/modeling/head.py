@@ -58,7 +58,8 @@ class Context(Protocol):
         cls_channels: of the class features it makes.
         box_channels: of the box features it makes.
         cls_stride: class features have ceil(size / cls_stride) cells of their level.
-        finer_levels: maps it wants in front of the predicted levels (TSCODE: 1, C2).
+        finer_levels: maps it wants in front of the predicted levels (TSCODE: 1, C2). If they have
+            other channels than ``in_channels``, an attribute ``finer_channels`` says how many.
     """
 
     in_channels: int
@@ -306,12 +307,24 @@ class DenseHead(nn.Module):
                 f"{self.strides}; set model.head.strides={list(strides)} or change "
                 "model.head_in_features"
             )
+        self._check_finer({name: shapes[name] for name in names[: -len(self.strides)]})
         channels = {name: shapes[name].channels for name in predicted}
         if set(channels.values()) != {self.context.in_channels}:
             raise ValueError(
                 f"the backbone's levels have channels {channels}, "
                 f"{type(self.context).__name__} expects {self.context.in_channels} in each; make "
                 "model.head.context agree with model.backbone.out_channels"
+            )
+
+    def _check_finer(self, finer: Mapping[str, Any]) -> None:
+        """Compare the maps in front of the predicted levels with what the context expects."""
+        wanted = getattr(self.context, "finer_channels", self.context.in_channels)
+        channels = {name: shape.channels for name, shape in finer.items()}
+        if channels and set(channels.values()) != {wanted}:
+            raise ValueError(
+                f"the backbone's finer maps have channels {channels}, "
+                f"{type(self.context).__name__} expects {wanted}; set "
+                f"model.head.context.finer_channels={next(iter(channels.values()))}"
             )
 
     def _load_from_state_dict(

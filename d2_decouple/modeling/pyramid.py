@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling.backbone import FPN as _FPN
 from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-__all__ = ["FPN", "FoldedConv2d", "fold_frozen_norms"]
+__all__ = ["FPN", "PAFPN", "FoldedConv2d", "LinearP6P7", "fold_frozen_norms"]
 
 
 class FPN(_FPN):
@@ -80,6 +82,93 @@ class FPN(_FPN):
         """Channels and stride of every map that :meth:`forward` gives."""
         bottom_up = self.bottom_up.output_shape()
         return {**super().output_shape(), **{name: bottom_up[name] for name in self._passed_on}}
+
+
+class LinearP6P7(LastLevelP6P7):
+    """Detectron2's P6 and P7 without the ReLU between them; same parameter names.
+
+    The hosts ATSS and GFL have them so.
+    """
+
+    def forward(self, c5: Tensor) -> list[Tensor]:
+        """(N, C, H, W) of P5 or C5 -> maps of half and a quarter of its size."""
+        p6 = self.p6(c5)
+        return [p6, self.p7(p6)]
+
+
+class PAFPN(FPN):
+    """FPN with a second, bottom-up path (PANet, Liu et al., CVPR 2018, Sec. 3.1).
+
+    Every level gets what a strided convolution makes of the finer one, and a convolution behind
+    it: ``N_l = P_l + down(N_{l-1})``, ``output_l = conv(N_l)``, where the finest level stays as it
+    is. Levels of the top block are made from the last output, so they are part of the path. There
+    are neither norms nor activations.
+    """
+
+    def __init__(self, bottom_up: Backbone, **options: Any) -> None:
+        """
+        Args:
+            bottom_up: backbone whose maps are merged.
+            options: the other arguments of :class:`FPN`. A top block must start from the pyramid's
+                last level ("p5"), not from a bottom-up map.
+        """
+        super().__init__(bottom_up, **options)
+        channels = options["out_channels"]
+        merged = [name for name in self._out_features if f"fpn_output{name[1:]}" in self._modules]
+        if self.top_block is not None and self.top_block.in_feature != merged[-1]:
+            raise ValueError(
+                f"the top block starts from {self.top_block.in_feature!r}; behind a bottom-up path "
+                f"it must start from {merged[-1]!r}: set backbone.top_block.in_feature and its "
+                "in_channels"
+            )
+        self._merged = tuple(merged)
+        self.pa_down = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in merged[1:]
+        )
+        self.pa_output = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in merged[1:]
+        )
+        for conv in (*self.pa_down, *self.pa_output):
+            weight_init.c2_xavier_fill(conv)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> maps by name, as :class:`FPN`."""
+        # Detectron2's FPN runs the output convolutions from the coarsest to the finest level, and
+        # the top block after them: right before that all are there, and P5 can be exchanged.
+        levels: list[Tensor] = []
+        aggregated: list[Tensor] = []
+        thread = get_ident()
+
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if get_ident() == thread:
+                levels.insert(0, output)
+
+        def exchange(module: nn.Module, inputs: Any) -> tuple[Tensor, ...] | None:
+            if get_ident() != thread:
+                return None
+            aggregated.extend(self._aggregate(levels))
+            return (aggregated[-1],)
+
+        handles = [conv.register_forward_hook(keep) for conv in self.output_convs]
+        if self.top_block is not None:
+            handles.append(self.top_block.register_forward_pre_hook(exchange))
+        try:
+            maps = super().forward(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {
+            **maps,
+            **dict(zip(self._merged, aggregated or self._aggregate(levels), strict=True)),
+        }
+
+    def _aggregate(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (N, C, H, W), finest first -> the same sizes, behind the bottom-up path."""
+        path, outputs = levels[0], [levels[0]]
+        for level, down, output in zip(levels[1:], self.pa_down, self.pa_output, strict=True):
+            path = level + down(path)
+            outputs.append(output(path))
+        return outputs
 
 
 class FoldedConv2d(Conv2d):
