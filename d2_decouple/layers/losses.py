@@ -10,10 +10,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["generalized_iou_loss", "loss_normalizer", "sigmoid_focal_loss"]
+from .precision import at_least_float32
+
+__all__ = [
+    "distribution_focal_loss",
+    "generalized_iou_loss",
+    "integral",
+    "loss_normalizer",
+    "quality_focal_loss",
+    "sigmoid_focal_loss",
+]
 
 _MIN_AREA = 1e-6  # floor of unions and enclosing areas, in the boxes' unit squared
 _SMOOTH_HULL = 1e-7  # what a smoothed enclosing area has beside its own, in shares of smoothing
+_BELOW_LAST_BIN = 0.1  # how far from the last bin a side's distance is kept, so that it has a next
 
 
 def sigmoid_focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -41,6 +51,92 @@ def sigmoid_focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: floa
     signed = logits * signs
     # As exponentials of log-sigmoids, since a power has no finite slope at zero for gamma < 1.
     return -weights * (gamma * F.logsigmoid(signed)).exp() * F.logsigmoid(-signed)
+
+
+def quality_focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    quality: Tensor,
+    beta: float,
+    quality_logits: Tensor | None = None,
+) -> Tensor:
+    """Quality focal loss (Li et al. 2020, Eq. 4) of independent scores p, elementwise.
+
+    ``|t - p| ** beta`` times the binary cross entropy of p with a target t in [0, 1]: the
+    quality at the entry of the label, 0 at all others. Both factors pass gradients.
+
+    Args:
+        logits: (..., K) class logits z.
+        labels: (...) integers; 0..K-1 names the entry whose target is the quality.
+        quality: (...) targets in [0, 1]; not looked at where the label is none of these.
+        beta: exponent of the modulating factor, 0 or at least 1: between them its slope at
+            p = t is infinite.
+        quality_logits: (...) logits q of a second sigmoid, where the score is the product
+            p = sigmoid(z) sigmoid(q) (GFLv2, Eq. 3; SALT-Net); without them it is sigmoid(z).
+
+    Returns:
+        (..., K) losses.
+    """
+    positive = (labels >= 0) & (labels < logits.shape[-1])
+    index = torch.where(positive, labels, 0)[..., None]
+    target = torch.where(positive, quality, 0)[..., None]
+    log_score, log_rest = _log_product(logits, quality_logits)
+    # All but one entry of a row have the target 0, and there the power is one of the score alone.
+    losses = -(beta * log_score).exp() * log_rest
+    log_score, log_rest = (x.gather(-1, index) for x in (log_score, log_rest))
+    modulation = (target - log_score.exp()).abs() ** beta
+    chosen = -modulation * (target * log_score + (1 - target) * log_rest)
+    return losses.scatter(-1, index, chosen)
+
+
+def _log_product(logits: Tensor, quality_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log p and log (1 - p) of p = sigmoid(z), or of p = sigmoid(z) sigmoid(q), (..., K) each.
+
+    The second from 1 - p = sigmoid(-z) + sigmoid(z) sigmoid(-q): in this sum nothing cancels.
+    """
+    log_class, log_rest = F.logsigmoid(logits), F.logsigmoid(-logits)
+    if quality_logits is None:
+        return log_class, log_rest
+    log_quality = F.logsigmoid(quality_logits)[..., None]
+    log_missing = F.logsigmoid(-quality_logits)[..., None]
+    return log_class + log_quality, torch.logaddexp(log_rest, log_class + log_missing)
+
+
+def integral(logits: Tensor) -> Tensor:
+    """(..., bins) logits of a distribution over 0, 1, ..., bins - 1 -> (...) its mean.
+
+    The side of a box, in strides (Generalized Focal Loss, Eq. 5). Half precision is computed, and
+    given back, in float32.
+    """
+    weights = at_least_float32(logits).softmax(-1)
+    # A sum, not a matrix product: that would run in half precision under autocast, and in
+    # TensorFloat-32 where it is allowed, which is a pixel at the coarsest level.
+    return (weights * _bins(weights)).sum(-1)
+
+
+def _bins(logits: Tensor) -> Tensor:
+    return torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
+
+
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    """Distribution focal loss (Li et al. 2020, Eq. 6), the mean over the four sides of a box.
+
+    Cross entropy with the two bins next to a distance, each weighted by its nearness.
+
+    Args:
+        logits: (..., 4, bins) of distributions over 0, 1, ..., bins - 1 strides.
+        distances: (..., 4) of left, top, right and bottom in strides; cut to
+            [0, bins - 1.1] (the authors' code).
+
+    Returns:
+        (...) losses.
+    """
+    distances = distances.clamp(0, logits.shape[-1] - 1 - _BELOW_LAST_BIN)
+    lower = distances.floor()
+    nearness = torch.stack((lower + 1 - distances, distances - lower), dim=-1)
+    index = torch.stack((lower, lower + 1), dim=-1).long()
+    log_weights = logits.log_softmax(-1).gather(-1, index)
+    return -(log_weights * nearness).sum(-1).mean(-1)
 
 
 def generalized_iou_loss(boxes: Tensor, gt_boxes: Tensor, smoothing: float = 0.0) -> Tensor:
