@@ -27,14 +27,20 @@ import torch
 from tabulate import tabulate
 
 from . import extension
-from .benchmarks import decoupled_rcnn, fcos, gather, pdnet
+from .benchmarks import decoupled_rcnn, fcos, gather, pdnet, tscode
 from .benchmarks.detectors import SizedRow
 from .benchmarks.row import Row, Step
 from .config import nearest
 
 __all__ = ["ROWS", "Row", "main"]
 
-ROWS: dict[str, Row] = {**fcos.ROWS, **pdnet.ROWS, **decoupled_rcnn.ROWS, **gather.ROWS}
+ROWS: dict[str, Row] = {
+    **fcos.ROWS,
+    **pdnet.ROWS,
+    **tscode.ROWS,
+    **decoupled_rcnn.ROWS,
+    **gather.ROWS,
+}
 
 
 def _seconds(step: Step) -> float:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GFLv2 in the small-data experiment: GFL with another predictor."""
 
-from d2_decouple.modeling import product_score
-from d2_decouple.modeling.gfl import GFLv2Predictor
+from d2_decouple.modeling import GFLv2Predictor, product_score
 
 from .gfl_R_18_FPN_bccd import dataloader, lr_multiplier, model, optimizer, train
 

@@ -18,10 +18,17 @@ from torchvision.ops import DeformConv2d, deform_conv2d
 
 from .precision import at_least_float32
 
-__all__ = ["DeformBottleneckBlock", "DeformConv", "deform_from_res3", "resnext_block"]
+__all__ = [
+    "DeformBottleneckBlock",
+    "DeformConv",
+    "OffsetDeformConv",
+    "deform_from_res3",
+    "deform_from_res4",
+    "resnext_block",
+]
 
 _TAPS = 9  # of a 3x3 convolution
-_RES2_CHANNELS = 256  # of the output of every bottleneck ResNet's first stage
+_RES2_CHANNELS = 256  # of the output of every bottleneck ResNet's first stage; res3 has twice that
 _RES2_BOTTLENECK = 64
 
 
@@ -106,6 +113,34 @@ class _OffsetConv(DeformConv2d):
             )
 
 
+class OffsetDeformConv(DeformConv):
+    """3x3 deformable convolution that makes its offsets, and factors, itself; without a bias.
+
+    The second version (Zhu et al., 2019) with one group of offsets. Its weight has the name of a
+    plain convolution's, so that such a one's checkpoint loads; ``conv_offset`` begins with zeros.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, modulated: bool = True) -> None:
+        super().__init__(in_channels, out_channels)
+        self.modulated = modulated
+        numbers_per_tap = 3 if modulated else 2
+        self.conv_offset = _OffsetConv(in_channels, numbers_per_tap * _TAPS, stride=1, dilation=1)
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, C, H, W) -> (N, C', H, W)."""
+        offset, mask = _split_offsets(self.conv_offset(input), self.modulated)
+        return super().forward(input, offset, mask)
+
+
+def _split_offsets(outputs: Tensor, modulated: bool) -> tuple[Tensor, Tensor | None]:
+    """Offsets, and factors from 0 to 1 or None, of what an offset convolution answers."""
+    if not modulated:
+        return outputs, None
+    # Detectron2's order: both coordinates of all taps, then all factors.
+    size = outputs.shape[1] // 3
+    return outputs[:, : 2 * size], outputs[:, 2 * size :].sigmoid()
+
+
 class DeformBottleneckBlock(BottleneckBlock):
     """Detectron2's bottleneck block whose 3x3 convolution reads at learned places.
 
@@ -165,29 +200,35 @@ class DeformBottleneckBlock(BottleneckBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
         inner = F.relu_(self.conv1(x))
-        offset, mask = self.conv2_offset(inner), None
-        if self.deform_modulated:
-            # Detectron2's order: both coordinates of all taps, then all factors.
-            size = offset.shape[1] // 3
-            offset, mask = offset[:, : 2 * size], offset[:, 2 * size :].sigmoid()
+        offset, mask = _split_offsets(self.conv2_offset(inner), self.deform_modulated)
         inner = F.relu_(self.conv2(inner, offset, mask))
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return F.relu_(self.conv3(inner) + shortcut)
 
 
-def deform_from_res3(
+def deform_from_res3(**options: Any) -> CNNBlockBase:
+    """A deformable block in res3, res4 and res5, a plain one in res2.
+
+    To be the ``block_class`` of ``ResNet.make_default_stages``, which calls it with the channels of
+    the stage and by them says which it is. Other stages are chosen with ``ResNet.make_stage``.
+    """
+    return _deform_above(_RES2_CHANNELS, **options)
+
+
+def deform_from_res4(**options: Any) -> CNNBlockBase:
+    """A deformable block in res4 and res5, a plain one in res2 and res3; see above."""
+    return _deform_above(2 * _RES2_CHANNELS, **options)
+
+
+def _deform_above(
+    plain_channels: int,
     *,
     out_channels: int,
     deform_modulated: bool = False,
     deform_num_groups: int = 1,
     **options: Any,
 ) -> CNNBlockBase:
-    """A deformable block in res3, res4 and res5, a plain one in res2.
-
-    To be the ``block_class`` of ``ResNet.make_default_stages``, which calls it with the channels of
-    the stage and by them says which it is. Other stages are chosen with ``ResNet.make_stage``.
-    """
-    if out_channels <= _RES2_CHANNELS:
+    if out_channels <= plain_channels:
         return BottleneckBlock(out_channels=out_channels, **options)
     return DeformBottleneckBlock(
         out_channels=out_channels,

@@ -60,7 +60,7 @@ def quality_focal_loss(
     beta: float,
     quality_logits: Tensor | None = None,
 ) -> Tensor:
-    """Quality focal loss (Li et al. 2020, Eq. 4) of independent scores p, elementwise.
+    """Quality focal loss (Li et al. 2020, section 3) of independent scores p, elementwise.
 
     ``|t - p| ** beta`` times the binary cross entropy of p with a target t in [0, 1]: the
     quality at the entry of the label, 0 at all others. Both factors pass gradients.
@@ -72,7 +72,7 @@ def quality_focal_loss(
         beta: exponent of the modulating factor, 0 or at least 1: between them its slope at
             p = t is infinite.
         quality_logits: (...) logits q of a second sigmoid, where the score is the product
-            p = sigmoid(z) sigmoid(q) (GFLv2, Eq. 3; SALT-Net); without them it is sigmoid(z).
+            p = sigmoid(z) sigmoid(q) (GFLv2, SALT-Net); without them it is sigmoid(z).
 
     Returns:
         (..., K) losses.
@@ -105,7 +105,7 @@ def _log_product(logits: Tensor, quality_logits: Tensor | None) -> tuple[Tensor,
 def integral(logits: Tensor) -> Tensor:
     """(..., bins) logits of a distribution over 0, 1, ..., bins - 1 -> (...) its mean.
 
-    The side of a box, in strides (Generalized Focal Loss, Eq. 5). Half precision is computed, and
+    The side of a box, in strides (Li et al. 2020, section 3). Half precision is computed, and
     given back, in float32.
     """
     weights = at_least_float32(logits).softmax(-1)
@@ -119,7 +119,7 @@ def _bins(logits: Tensor) -> Tensor:
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
-    """Distribution focal loss (Li et al. 2020, Eq. 6), the mean over the four sides of a box.
+    """Distribution focal loss (Li et al. 2020, section 3), the mean over the four sides of a box.
 
     Cross entropy with the two bins next to a distance, each weighted by its nearness.
 

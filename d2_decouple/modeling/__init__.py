@@ -15,6 +15,15 @@ from .dynamic_points import (
     SemanticPoints,
 )
 from .fcos import FCOSAssigner, FCOSPredictor, unit_weight
+from .gfl import (
+    DistributionFocalTerm,
+    DistributionQuality,
+    GFLAssigner,
+    GFLPredictor,
+    GFLv2Predictor,
+    QualityFocalTerm,
+    box_distribution,
+)
 from .head import ClassPredictor, DenseHead, SharedContext
 from .pdnet import PDNetAssigner, PDNetPredictor
 from .pyramid import FPN, PAFPN, FoldedConv2d, LinearP6P7, fold_frozen_norms
@@ -101,4 +110,11 @@ __all__ = [
     "LinearP6P7",
     "RearrangedClassPredictor",
     "TSCODEOptions",
+    "DistributionFocalTerm",
+    "DistributionQuality",
+    "GFLAssigner",
+    "GFLPredictor",
+    "GFLv2Predictor",
+    "QualityFocalTerm",
+    "box_distribution",
 ]

@@ -6,7 +6,7 @@ A cell stands for its corner here: its anchor is centred on ``index * stride``, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from .head import flatten_maps, map_size
 from .matching import Levels, claimed_index, index_in_image, matched_truth, read_levels
 
 __all__ = [
+    "ANCHOR_STRIDES",
     "ATSSAssigner",
     "ATSSPredictor",
     "Candidates",
@@ -37,7 +38,7 @@ __all__ = [
     "scaled_maps",
 ]
 
-_ANCHOR_STRIDES = 8  # side of a cell's anchor
+ANCHOR_STRIDES = 8  # side of a cell's anchor
 _DEVIATIONS = (0.1, 0.1, 0.2, 0.2)  # of the changes (dx, dy, dw, dh)
 _MIN_DISTANCE = 0.01  # pixels that a positive's anchor lies inside its object
 
@@ -89,11 +90,11 @@ class ATSSPredictor(nn.Module):
         """
         maps = scaled_maps([self.bbox_pred(x) for x in box_features], self.scales)
         changes = flatten_maps(maps, 4)
-        priors = squares(grid.locations, _ANCHOR_STRIDES * grid.strides)
+        priors = squares(grid.locations, ANCHOR_STRIDES * grid.strides)
         quality = flatten_maps([self.ctrness(x) for x in box_features], 1)
         return DensePredictions(
             logits=flatten_maps(class_maps, self.num_classes),
-            boxes=changed_boxes(changes * changes.new_tensor(_DEVIATIONS), priors),
+            boxes=changed_boxes(changes * _sent(_DEVIATIONS, changes), priors),
             quality=quality.squeeze(-1),
             locations=grid.locations,
             strides=grid.strides,
@@ -107,11 +108,11 @@ class Candidates(NamedTuple):
     """The cells near each of the G boxes of a batch, ``topk`` of each level.
 
     Attributes:
-        index: (G, L * topk) among all N * R predictions, N * R where a level has fewer cells.
+        indices: (G, L * topk) among all N * R predictions, N * R where a level has fewer cells.
         exists: (G, L * topk) whether there is one.
     """
 
-    index: Tensor
+    indices: Tensor
     exists: Tensor
 
 
@@ -134,7 +135,7 @@ def nearest_candidates(
     middle = (truth.boxes[:, None, :2] + truth.boxes[:, None, 2:]) / 2
     at = (middle - levels.origin) / levels.stride  # (G, L, 2) cells
     extent = extents[truth.image_index].to(at.dtype)
-    nearest = torch.minimum(at.round().clamp(min=0), extent - 1)
+    nearest = torch.minimum((at - 0.5).ceil().clamp(min=0), extent - 1)  # the first of two
     cells = nearest[:, :, None] + _steps(topk, like=at)  # (G, L, S, 2)
     own = ((cells >= 0) & (cells < extent[:, :, None])).all(-1)
     distances = torch.where(own, (cells - at[:, :, None]).square().sum(-1), torch.inf)
@@ -148,7 +149,12 @@ def _steps(topk: int, like: Tensor) -> Tensor:
     """(S, 2) steps (x, y) that may lead from the nearest cell to one of the ``topk`` nearest."""
     reach = range(1 - topk, topk)
     steps = [(x, y) for y in reach for x in reach if (abs(x) + 1) * (abs(y) + 1) <= topk]
-    return torch.tensor(steps, dtype=like.dtype).to(like.device, non_blocking=True)
+    return _sent(steps, like)
+
+
+def _sent(numbers: Sequence[Any], like: Tensor) -> Tensor:
+    """Numbers as a tensor of that type and device, without waiting for it."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def adaptive_thresholds(overlaps: Tensor, exists: Tensor) -> Tensor:

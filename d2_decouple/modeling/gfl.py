@@ -17,7 +17,7 @@ from ..layers.points import Grid, boxes_to_distances, distances_to_boxes, square
 from ..layers.precision import at_least_float32
 from ..layers.tower import init_conv
 from ..structures import DensePredictions, DenseTargets
-from .atss import _ANCHOR_STRIDES, ATSSAssigner, scaled_maps
+from .atss import ANCHOR_STRIDES, ATSSAssigner, scaled_maps
 from .head import flatten_maps
 
 __all__ = [
@@ -84,14 +84,14 @@ class GFLPredictor(nn.Module):
             quality=None,
             locations=grid.locations,
             strides=grid.strides,
-            priors=squares(grid.locations, _ANCHOR_STRIDES * grid.strides),
+            priors=squares(grid.locations, ANCHOR_STRIDES * grid.strides),
             level_sizes=grid.level_sizes,
             extras={"box_distribution": logits},
         )
 
 
 class DistributionQuality(nn.Sequential):
-    """How sharp a box's distributions are tells its quality (GFLv2, section 3.3).
+    """How sharp a box's distributions are tells its quality (GFLv2, section 3).
 
     Two linear layers read the greatest probabilities of each side and their mean. Gradients go
     through them to the distributions (the authors' code). A name in a checkpoint, such as

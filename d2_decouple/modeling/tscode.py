@@ -10,6 +10,7 @@ encoding, DPE). Losses, assigner and everything behind the head are the host's.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +104,9 @@ def blocks_to_cells(x: Tensor, size: Size) -> Tensor:
     paper's index "(2i + j)c" can only mean this.) The order is not ``pixel_shuffle``'s, which has
     the four of a class side by side. What is beyond an odd size is cut off.
     """
-    x = x.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2)  # (N, C, h, 2, w, 2)
-    x = x.flatten(4, 5).flatten(2, 3)
+    x = x.unflatten(1, (2, 2, -1)).permute(0, 4, 1, 5, 2, 3)  # (N, h, 2, w, 2, C)
+    # Channels stay a cell's neighbours, as the convolution leaves them: one copy, of whole rows.
+    x = x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
     return x[..., : size[0], : size[1]]
 
 
@@ -123,11 +125,24 @@ class RearrangedClassPredictor(nn.Conv2d):
         return blocks_to_cells(super().forward(input), size)
 
 
+class HalvingConv2d(nn.Conv2d):
+    """A convolution of stride 2 whose weight has a finite gradient on a map of one cell, too.
+
+    On a CPU, the backward pass of bfloat16 leaves the gradients of taps that touch nothing but
+    padding as the memory was. A second row and column of zeros make them ordinary, and the
+    result is the same.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', ceil(H / 2), ceil(W / 2))."""
+        return super().forward(F.pad(input, (0, 1, 0, 1)) if map_size(input) == (1, 1) else input)
+
+
 class StridedConv(nn.Sequential):
     """A convolution of stride 2, a norm and a ReLU: the paper's DConv. Sizes are rounded up."""
 
     def __init__(self, channels: int, *, kernel_size: int, norm: str, activation: bool) -> None:
-        conv = nn.Conv2d(
+        conv = HalvingConv2d(
             channels, channels, kernel_size, stride=2, padding=kernel_size // 2, bias=not norm
         )
         parts = [conv, get_norm(norm, channels), nn.ReLU(inplace=True) if activation else None]
@@ -181,7 +196,7 @@ class TSCODE(nn.Module):
         if options.sce_use_upper:
             self.cls_channels = 2 * channels
             if options.top_level == "conv":
-                self.sce_top = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+                self.sce_top = HalvingConv2d(channels, channels, 3, stride=2, padding=1)
                 weight_init.c2_xavier_fill(self.sce_top)
 
     def _projection(self) -> nn.Module:
@@ -244,26 +259,35 @@ class TSCODE(nn.Module):
         finer = self._finer_maps(features, levels) if "low" in terms else []
         details = []
         for index, level in enumerate(levels):
-            parts = [level] if "self" in terms else []
+            parts = []
             for term, step in (("up1", 1), ("up2", 2)):
                 if term in terms and index + step < len(levels):
-                    parts.append(self._enlarged(levels[index + step], level))
+                    path = levels[index : index + step + 1]  # level by level: sizes may be odd
+                    parts.append(reduce(self._enlarged, reversed(path)))
+            # What was enlarged is nobody else's, so the rest is added to it in place: a map of
+            # the finest size costs more time to allocate than to add.
+            total = parts.pop(0) if parts else None
+            if "self" in terms:
+                parts.append(level)
             if "low" in terms:
                 low = finer[index]
                 if "self" in terms:
-                    low = low + self._enlarged(level, low)
+                    low = self._enlarged(level, low).add_(low)
                 parts.append(self.dpe_down(low))
-            details.append(reduce(torch.add, parts))
+            if total is None:
+                details.append(reduce(torch.add, parts))
+            else:
+                details.append(reduce(Tensor.add_, parts, total))
         return details
 
     def _finer_maps(self, features: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
         """The next finer map of each level."""
-        finer, level = map_size(features[0]), map_size(levels[0])
-        if level != ((finer[0] + 1) // 2, (finer[1] + 1) // 2):
-            raise ValueError(
-                f"the finer map has {finer} cells, the first predicted level {level}; wanted is "
-                "twice that, such as head_in_features=['res2', 'p3', ...]"
-            )
+        for finer, level in pairwise(map_size(x) for x in features):
+            if level != ((finer[0] + 1) // 2, (finer[1] + 1) // 2):
+                raise ValueError(
+                    f"a level of {level} cells has a map of {finer} below it; wanted is one of "
+                    "twice that, such as head_in_features=['res2', 'p3', ...]"
+                )
         return [self.c2_projection(features[0]), *levels[:-1]]
 
     def _enlarged(self, x: Tensor, like: Tensor) -> Tensor:

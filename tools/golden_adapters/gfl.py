@@ -18,19 +18,17 @@ from d2_decouple.layers.tower import bias_free_tower
 from d2_decouple.modeling import (
     BestLocations,
     DenseHead,
-    GIoUTerm,
-    HardNMS,
-    Selection,
-    SharedContext,
-    class_score,
-    clip_to_image,
-)
-from d2_decouple.modeling.gfl import (
     DistributionFocalTerm,
     GFLAssigner,
     GFLPredictor,
+    GIoUTerm,
+    HardNMS,
     QualityFocalTerm,
+    Selection,
+    SharedContext,
     box_distribution,
+    class_score,
+    clip_to_image,
 )
 from d2_decouple.structures import DensePredictions, DenseTargets
 

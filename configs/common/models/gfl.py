@@ -3,12 +3,12 @@
 
 from detectron2.config import LazyCall as L
 
-from d2_decouple.modeling import class_score
-from d2_decouple.modeling.gfl import (
+from d2_decouple.modeling import (
     DistributionFocalTerm,
     GFLAssigner,
     GFLPredictor,
     QualityFocalTerm,
+    class_score,
 )
 
 from .atss import model

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GFLv2 with ResNet-50-FPN: GFL whose score is class times the quality that distributions tell."""
 
-from d2_decouple.modeling import product_score
-from d2_decouple.modeling.gfl import GFLv2Predictor
+from d2_decouple.modeling import GFLv2Predictor, product_score
 
 from .gfl import model
 
