@@ -8,11 +8,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from detectron2.structures import Instances
@@ -22,6 +22,7 @@ from .data.images import ImageError, read_rgb
 from .data.videos import VideoError, VideoReader, VideoWriter
 from .demo_files import (
     DETECTIONS,
+    LOOKS,
     check_for_look,
     input_files,
     is_video,
@@ -29,10 +30,11 @@ from .demo_files import (
     suffixed,
 )
 from .engine import EXPECTED_ERRORS
+from .engine.context import DetectionContext
 from .engine.points import DetectionPoints
 from .engine.predictor import Predictor
 from .engine.stages import DetectionStages
-from .visualization import class_colors, draw_boxes, draw_points, draw_stages
+from .visualization import class_colors, draw_boxes, draw_context, draw_points, draw_stages
 
 __all__ = ["main"]
 
@@ -51,6 +53,8 @@ examples:
       --input photo.jpg --output detections --show-points 4
   python -m d2_decouple.demo --config-file decoupled_rcnn_R_18_FPN_bccd --weights FILE \\
       --input photo.jpg --output detections --show-stages 4
+  python -m d2_decouple.demo --config-file fcos_R_50_FPN_1x --weights FILE \\
+      --input photo.jpg --output detections --show-context 2 --json
 
 Of a folder the images and videos that lie directly in it are taken; name others by a pattern, as
 in "FOLDER/**/*.jpg". The output folder gets NAME.jpg for an image (its longer side {_SIDES[0]} to
@@ -60,12 +64,21 @@ With --show-points, for images and for models with points (PDNet), NAME_points.j
 strongest detections were read: coarse box, a point for each side of the box with the pyramid levels
 that its value came from, and the points of the class. With --show-stages, for images and Decoupled
 R-CNN, NAME_stages.jpg shows the proposals at both densities, and the box of the strongest
-detections after every stage with its IoU with the last one. With --json both are in
-{DETECTIONS}, too.
+detections after every stage with its IoU with the last one. With --show-context, for images and
+any one-stage detector of this package, NAME_context.jpg shows which pixels the class, and which the
+box, of the strongest detections depend on: five backward passes for each of them, minutes for
+large images without a GPU. With --json all of these are in {DETECTIONS}, too.
 Files that cannot be read are reported and skipped, and make the exit status 1.
 """
 
+_DRAW: dict[str, Callable[..., np.ndarray]] = {
+    "points": draw_points,
+    "stages": draw_stages,
+    "context": draw_context,
+}
+
 _Item = TypeVar("_Item")
+_Seen: TypeAlias = DetectionPoints | DetectionStages | DetectionContext
 
 
 @dataclass(kw_only=True)
@@ -74,11 +87,12 @@ class _Run:
 
     predictor: Predictor
     args: argparse.Namespace
-    look: str  # "points", "stages" or nothing
+    look: str  # one of LOOKS, or nothing
+    limit: int  # of detections that it shows
     total: int
     images: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, str]] = field(default_factory=list)
-    levels: dict[str, int] = field(default_factory=dict)  # name -> stride, once points are read
+    levels: dict[str, int] = field(default_factory=dict)  # name -> stride, once a look has them
     done: int = 0
 
     def say(self, source: Path, message: str) -> None:
@@ -119,11 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add("--score-thresh", type=_share, default=0.3, help="show detections above it (%(default)s)")
     add("--json", action="store_true", help="write the detections as JSON, too")
-    look = parser.add_mutually_exclusive_group()  # no model has both
-    about = "draw where the N strongest detections (4) of each image were read, too"
-    look.add_argument("--show-points", type=_positive, help=about, **_NUMBER)
-    about = "draw the proposals, and the stages of the N strongest detections (4), too"
-    look.add_argument("--show-stages", type=_positive, help=about, **_NUMBER)
+    looks = parser.add_mutually_exclusive_group()
+    for name, about in LOOKS.items():
+        about = about.format("the N strongest detections (4)")
+        looks.add_argument(f"--show-{name}", type=_positive, help=about, **_NUMBER)
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add("--precision", default="float32", help="float32, bfloat16, or on a GPU float16")
     add("--batch-size", type=_positive, default=1, help="images computed together (%(default)s)")
@@ -154,7 +167,8 @@ def _share(text: str) -> float:
 def _demo(args: argparse.Namespace) -> int:
     sources = input_files(args.input)
     output = Path(args.output)
-    look = "points" if args.show_points else "stages" if args.show_stages else ""
+    wanted = {name: getattr(args, f"show_{name}") for name in LOOKS}
+    look, limit = next((pair for pair in wanted.items() if pair[1]), ("", 0))
     if look:
         check_for_look(look, sources, tta=args.tta)
     targets = result_files(sources, output, with_json=args.json, look=look)
@@ -174,7 +188,7 @@ def _demo(args: argparse.Namespace) -> int:
         f"{args.config_file} with {args.weights}: {len(predictor.classes)} classes, "
         f"{predictor.precision} on {predictor.device}, score above {args.score_thresh:g}"
     )
-    run = _Run(predictor=predictor, args=args, look=look, total=len(sources))
+    run = _Run(predictor=predictor, args=args, look=look, limit=limit, total=len(sources))
     start = time.perf_counter()
     try:
         _images([pair for pair in targets if not is_video(pair[0])], run)
@@ -201,8 +215,8 @@ def _images(pairs: Sequence[tuple[Path, Path]], run: _Run) -> None:
             except ImageError as error:
                 run.report(source, error)
         images = [image for *_, image in read]
-        if run.look:  # the detections are the same, of the same forward
-            seen = [getattr(run.predictor, run.look)(image) for image in images]
+        if run.look:  # the detections are the same
+            seen = [_seen(image, run) for image in images]
             results = [x.instances for x in seen]
         else:
             seen, results = [], run.predictor(images)
@@ -228,25 +242,27 @@ def _images(pairs: Sequence[tuple[Path, Path]], run: _Run) -> None:
             run.say(source, f"{summary}, {milliseconds:.0f} ms -> {picture}")
 
 
+def _seen(image: np.ndarray, run: _Run) -> _Seen:
+    """The detections of an image, and how they were found."""
+    if run.look == "context":  # costs time for each detection
+        return run.predictor.context(image, limit=run.limit)
+    return getattr(run.predictor, run.look)(image)
+
+
 def _add_look(
-    record: dict[str, Any],
-    image: np.ndarray,
-    seen: DetectionPoints | DetectionStages,
-    target: Path,
-    run: _Run,
+    record: dict[str, Any], image: np.ndarray, seen: _Seen, target: Path, run: _Run
 ) -> None:
-    """Draw the points or stages of an image, and write them behind its detections."""
-    names = run.predictor.classes
-    if isinstance(seen, DetectionPoints):
-        drawn = draw_points(image, seen, names, limit=run.args.show_points)
-        run.levels = dict(zip(seen.level_names, seen.strides, strict=True))
-    else:
-        drawn = draw_stages(image, seen, names, limit=run.args.show_stages)
+    """Draw what was seen in an image, and write it behind its detections."""
+    drawn = _DRAW[run.look](image, seen, run.predictor.classes, limit=run.limit)
+    if isinstance(seen, DetectionStages):
         record["proposals"] = seen.proposals_record()
+    else:
+        run.levels = dict(zip(seen.level_names, seen.strides, strict=True))
     picture = suffixed(target, f"_{run.look}.jpg")
     Image.fromarray(drawn).save(picture, quality=_QUALITY, subsampling=0)  # thin coloured lines
     record[f"{run.look}_picture"] = picture.name
-    for detection, known in zip(record["detections"], seen.as_records(), strict=True):
+    # Of a context there are records of the strongest alone.
+    for detection, known in zip(record["detections"], seen.as_records(), strict=False):
         detection[run.look] = known
 
 

@@ -10,6 +10,7 @@ from .data.records import visible
 
 __all__ = [
     "DETECTIONS",
+    "LOOKS",
     "check_for_look",
     "input_files",
     "is_video",
@@ -18,6 +19,11 @@ __all__ = [
 ]
 
 DETECTIONS = "detections.json"
+LOOKS = {  # how detections were found -> what --show-NAME draws, of so many detections
+    "points": "draw where {} of each image were read, too",
+    "stages": "draw the proposals, and the stages of {}, too",
+    "context": "draw where the evidence for the class and for the box of {} lies, too",
+}
 _IMAGES = {*(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")}
 _VIDEOS = {*(".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")}
 
@@ -52,7 +58,7 @@ def input_files(inputs: Sequence[str]) -> list[Path]:
 
 
 def check_for_look(look: str, sources: Sequence[Path], *, tta: bool) -> None:
-    """Raise ConfigError if "points" or "stages" cannot be shown of these files in this way."""
+    """Raise ConfigError if one of ``LOOKS`` cannot be shown of these files in this way."""
     option = f"--show-{look}"
     if tta:
         raise ConfigError(
@@ -76,7 +82,7 @@ def result_files(
         sources: images and videos.
         output: the folder of the results.
         with_json: whether detections are written there, too.
-        look: "points" or "stages" if there is a second picture of each image, NAME_points.jpg.
+        look: one of ``LOOKS`` if there is a second picture of each image, such as NAME_points.jpg.
 
     Raises:
         ConfigError: the folder is a file, or pictures beside an input could replace others.

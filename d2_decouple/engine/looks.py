@@ -7,11 +7,27 @@ from threading import get_ident
 from typing import Any
 
 import torch
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..config import ConfigError, config_names
+from ..modeling import OneStageDetector, TestTimeAugmentation
+from ..structures import DensePredictions
 
-__all__ = ["check_limit", "kept_outputs", "ordinary", "recipes_with", "rounded"]
+__all__ = [
+    "as_one_stage",
+    "cells_of",
+    "check_limit",
+    "kept_outputs",
+    "level_names_of",
+    "ordinary",
+    "places_of",
+    "recipes_with",
+    "rounded",
+    "scale_to",
+]
+
+_NOT_OURS = "_d2"  # the recipes of Detectron2's own detectors end so
 
 
 @contextmanager
@@ -43,12 +59,81 @@ def check_limit(limit: int | None) -> None:
         raise ConfigError(f"limit must be a whole number from 1, or None, got {limit}")
 
 
+def as_one_stage(model: nn.Module, what: str, prefixes: Sequence[str]) -> OneStageDetector:
+    """The model itself, if it answers by a dense prediction for each detection.
+
+    Args:
+        model: what a predictor runs.
+        what: the user wants to see, "points" or "context".
+        prefixes: of the names of recipes that have it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if isinstance(model, TestTimeAugmentation):
+        raise ConfigError(
+            "test-time augmentation merges detections of several forwards, and does not keep "
+            "which prediction (location_index) of which forward one was: leave tta out to see "
+            f"{what}"
+        )
+    if not isinstance(model, OneStageDetector):
+        raise ConfigError(
+            f"{type(model).__name__} is not a OneStageDetector, whose predictions say where each "
+            f"detection was read; {recipes_with(what, prefixes)}"
+        )
+    return model
+
+
 def recipes_with(what: str, prefixes: Sequence[str]) -> str:
     """The end of a message that names recipes, by how their names begin."""
-    names = [name for name in config_names() if name.startswith(tuple(prefixes))]
+    names = [
+        name
+        for name in config_names()
+        if name.startswith(tuple(prefixes)) and not name.endswith(_NOT_OURS)
+    ]
     if not names:
         return f"no recipe here has {what}"
     return f"recipes with {what} are {', '.join(names[:5])}" + (", ..." if names[5:] else "")
+
+
+def scale_to(size: tuple[int, int], seen: tuple[int, int]) -> Tensor:
+    """(2,) pixels in x and y of an image of ``size`` (H, W) per pixel of one of ``seen`` (H, W)."""
+    return torch.tensor([size[1] / seen[1], size[0] / seen[0]])
+
+
+def cells_of(predictions: DensePredictions, found: Instances, scale: Tensor) -> dict[str, Tensor]:
+    """The cells that found the D detections of one image.
+
+    Args:
+        predictions: of a batch of one image.
+        found: its detections, with ``location_index``.
+        scale: of :func:`scale_to`.
+
+    Returns:
+        ``locations`` (D, 2), their reference points (x, y) in pixels of the image, and ``levels``
+        (D,), the place of their level among those that are predicted, finest first.
+    """
+    index = found.location_index
+    ends = torch.tensor(predictions.level_sizes).cumsum(0)
+    locations = predictions.locations[index.to(predictions.locations.device)]
+    return {
+        "locations": ordinary(locations) * scale,
+        "levels": torch.searchsorted(ends, index, right=True),
+    }
+
+
+def level_names_of(model: Any) -> tuple[str, ...]:
+    """The names of a one-stage detector's predicted levels, finest first, such as "p3"."""
+    return tuple(model.head_in_features[-len(model.head.strides) :])
+
+
+def places_of(found: Instances, level_names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each detection its ``location`` and its ``level`` by name, for JSON."""
+    places = zip(found.locations.tolist(), found.levels.tolist(), strict=True)
+    return [
+        {"location": rounded(location, 2), "level": level_names[level]}
+        for location, level in places
+    ]
 
 
 def ordinary(value: Any) -> Any:

@@ -5,14 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..modeling import OneStageDetector, TestTimeAugmentation
 from ..structures import DensePredictions
-from .looks import kept_outputs, ordinary, recipes_with, rounded
+from .looks import (
+    as_one_stage,
+    cells_of,
+    kept_outputs,
+    level_names_of,
+    ordinary,
+    places_of,
+    recipes_with,
+    rounded,
+    scale_to,
+)
 
 __all__ = ["DetectionPoints", "kept_predictions", "points_of"]
 
@@ -52,14 +60,9 @@ class DetectionPoints(NamedTuple):
             for name, value in fields.items()
             if name not in own
         }
-        places = zip(fields["locations"].tolist(), fields["levels"].tolist(), strict=True)
         return [
-            {
-                "location": rounded(location, 2),
-                "level": self.level_names[level],
-                **{name: values[index] for name, values in extras.items()},
-            }
-            for index, (location, level) in enumerate(places)
+            {**place, **{name: values[index] for name, values in extras.items()}}
+            for index, place in enumerate(places_of(self.instances, self.level_names))
         ]
 
 
@@ -73,18 +76,7 @@ def kept_predictions(model: nn.Module) -> Iterator[list[DensePredictions]]:
     Raises:
         ConfigError: the model answers otherwise than by a dense prediction for each detection.
     """
-    if isinstance(model, TestTimeAugmentation):
-        raise ConfigError(
-            "test-time augmentation merges detections of several forwards, and does not keep "
-            "which prediction (location_index) of which forward one was: leave tta out to see "
-            "points"
-        )
-    if not isinstance(model, OneStageDetector):
-        raise ConfigError(
-            f"{type(model).__name__} is not a OneStageDetector, whose predictions say where each "
-            f"detection was read; {_recipes_with_points()}"
-        )
-    with kept_outputs(model.head) as (kept,):
+    with kept_outputs(as_one_stage(model, "points", _METHODS).head) as (kept,):
         yield kept
 
 
@@ -112,20 +104,16 @@ def points_of(
         names = " and ".join(type(part).__name__ for part in parts if part is not None)
         raise ConfigError(
             f"this {type(model).__name__} with {names} has no points to show: it predicts "
-            f"everything at the cell itself; {_recipes_with_points()}"
+            f"everything at the cell itself; {recipes_with('points', _METHODS)}"
         )
-    height, width = found.image_size
-    scale = torch.tensor([width / seen[1], height / seen[0]])
+    scale = scale_to(found.image_size, seen)
     chosen = found.location_index.to(predictions.locations.device)
     fields = {name: _scaled(name, value[0, chosen], scale) for name, value in extras.items()}
-    fields["locations"] = ordinary(predictions.locations[chosen]) * scale
-    ends = torch.tensor(predictions.level_sizes).cumsum(0)
-    fields["levels"] = torch.searchsorted(ends, found.location_index, right=True)
-    strides = model.head.strides
+    fields |= cells_of(predictions, found, scale)
     return DetectionPoints(
         Instances(found.image_size, **{**fields, **found.get_fields()}),
-        level_names=tuple(model.head_in_features[-len(strides) :]),
-        strides=strides,
+        level_names=level_names_of(model),
+        strides=model.head.strides,
     )
 
 
@@ -142,7 +130,3 @@ def _scaled(name: str, values: Tensor, scale: Tensor) -> Tensor:
     if name.endswith("boxes") and values.shape[1:] == (4,):
         return values * scale.repeat(2)
     return values
-
-
-def _recipes_with_points() -> str:
-    return recipes_with("points", _METHODS)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,16 +21,12 @@ from ..config import ConfigError
 from ..data.images import ChannelOrder, as_rgb, read_rgb
 from ..modeling import OneStageDetector, TestTimeAugmentation
 from ..modeling.folding import cast_weights, fold_batch_norms
-from ..visualization import draw_points, draw_stages
 from .inference_config import inference_config
-from .looks import check_limit, ordinary
-from .points import DetectionPoints, kept_predictions, points_of
+from .inspection import ImageLike, Inspection
+from .looks import ordinary
 from .resizing import resized, stretched
-from .stages import DetectionStages, kept_proposals, stages_of
 
 __all__ = ["Predictor"]
-
-ImageLike: TypeAlias = np.ndarray | str | os.PathLike[str]
 
 _logger = logging.getLogger(__name__)
 _PRECISIONS = {
@@ -42,7 +38,7 @@ _PRECISIONS = {
 _HALVED = ("backbone", "head.context", "head.cls_subnet", "head.bbox_subnet", "head.cls_score")
 
 
-class Predictor:
+class Predictor(Inspection):
     """A detector that takes images as they come and answers in their own pixels.
 
     ::
@@ -53,7 +49,8 @@ class Predictor:
 
     Batch norms are folded into convolutions, maps are channels-last, and in half precision the
     weights are stored in it: the model is the predictor's own and cannot be trained any more.
-    From predicted offsets to boxes everything is float32 in each precision.
+    From predicted offsets to boxes everything is float32 in each precision. Beside detections it
+    says how they were found: :class:`~d2_decouple.engine.inspection.Inspection`.
 
     Attributes:
         classes: names of the classes, by index.
@@ -197,89 +194,6 @@ class Predictor:
         while batch := [self._input(image) for image in islice(remaining, self._batch_size)]:
             results += self._detect(batch)
         return results
-
-    def points(self, image: ImageLike, *, limit: int | None = None) -> DetectionPoints:
-        """Detect objects, and say where each of them was read.
-
-        ::
-
-            seen = predictor.points("photo.jpg", limit=4)
-            seen.instances.boundary_points  # (D, 4, 2), of the left, top, right, bottom side
-
-        Args:
-            image: one image, as for a call of the predictor.
-            limit: only so many detections, the strongest; by default all.
-
-        Returns:
-            :class:`~d2_decouple.engine.points.DetectionPoints`: the detections that a call of the
-            predictor finds, with their points, coarse boxes and levels, all of one forward.
-
-        Raises:
-            ConfigError: the model has no points, is no one-stage detector, or sees the image
-                several times (test-time augmentation).
-            ImageError: the image cannot be used; the message names it.
-        """
-        check_limit(limit)
-        with kept_predictions(self.model) as kept:
-            item = self._input(image)
-            found = self._detect([item])[0][:limit]
-        return points_of(self.model, kept[0], found, tuple(item["image"].shape[-2:]))
-
-    def draw_points(self, image: ImageLike, *, limit: int = 4) -> np.ndarray:
-        """The picture of :meth:`points`: (H, W, 3) RGB, uint8, with a panel for each detection.
-
-        Args:
-            image: one image, as for a call of the predictor.
-            limit: so many detections have a panel, the strongest.
-
-        Raises:
-            ConfigError: as :meth:`points` says.
-            ImageError: the image cannot be used; the message names it.
-        """
-        return draw_points(self._rgb(image), self.points(image), self.classes, limit=limit)
-
-    def stages(
-        self, image: ImageLike, *, limit: int | None = None, gt_boxes: Any = None
-    ) -> DetectionStages:
-        """Detect objects, and say how the box of each of them came about (Decoupled R-CNN).
-
-        ::
-
-            seen = predictor.stages("photo.jpg", limit=4)
-            seen.instances.stage_boxes  # (D, K + 1, 4): the proposal, after stage 1, ..., K
-
-        Args:
-            image: one image, as for a call of the predictor.
-            limit: only so many detections, the strongest; by default all.
-            gt_boxes: (M, 4) of its objects, xyxy in pixels of the image, which IoU is then with.
-
-        Returns:
-            :class:`~d2_decouple.engine.stages.DetectionStages`: the detections that a call of the
-            predictor finds, their boxes after each stage, and the proposals, all of one forward.
-
-        Raises:
-            ConfigError: the model is no Decoupled R-CNN, or ``gt_boxes`` are no boxes.
-            ImageError: the image cannot be used; the message names it.
-        """
-        check_limit(limit)
-        with kept_proposals(self.model) as kept:
-            found = self._detect([self._input(image)])[0][:limit]
-        return stages_of(self.model, kept, found, gt_boxes)
-
-    def draw_stages(self, image: ImageLike, *, limit: int = 4, gt_boxes: Any = None) -> np.ndarray:
-        """The picture of :meth:`stages`: (H, W, 3) RGB, uint8, with a panel for each detection.
-
-        Args:
-            image: one image, as for a call of the predictor.
-            limit: so many detections have a panel, the strongest.
-            gt_boxes: as for :meth:`stages`.
-
-        Raises:
-            ConfigError: as :meth:`stages` says.
-            ImageError: the image cannot be used; the message names it.
-        """
-        seen = self.stages(image, gt_boxes=gt_boxes)
-        return draw_stages(self._rgb(image), seen, self.classes, limit=limit)
 
     def _rgb(self, image: ImageLike) -> np.ndarray:
         """(H, W, 3) RGB, uint8."""

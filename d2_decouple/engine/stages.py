@@ -14,7 +14,7 @@ from ..config import ConfigError
 from ..layers.boxes import overlaps
 from ..modeling import DecoupledROIHeads, DecoupledRPN, TestTimeAugmentation
 from ..modeling.decoupled_rpn import suppress_levels
-from .looks import kept_outputs, ordinary, recipes_with, rounded
+from .looks import kept_outputs, ordinary, recipes_with, rounded, scale_to
 
 __all__ = ["DetectionStages", "KeptProposals", "Proposals", "kept_proposals", "stages_of"]
 
@@ -161,7 +161,7 @@ def stages_of(
     gt_boxes = None if gt_boxes is None else _as_boxes(gt_boxes)
     rpn, size = model.proposal_generator, found.image_size
     seen = kept.proposals[0][0][0].image_size
-    scale = torch.tensor([size[1] / seen[1], size[0] / seen[0]]).repeat(2)
+    scale = scale_to(size, seen).repeat(2)
     of_class, of_box = (
         Proposals(ordinary(boxes) * scale, ordinary(logits), threshold, survivors)
         for boxes, logits, threshold, survivors in _densities(rpn, kept, seen)

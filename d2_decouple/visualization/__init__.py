@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures: the course of a training, and detections beside the ground truth."""
 
+from d2_decouple.visualization.context import draw_context
 from d2_decouple.visualization.curves import plot_curves, read_metrics
 from d2_decouple.visualization.detections import class_colors, compare, draw_boxes
 from d2_decouple.visualization.points import draw_points
@@ -11,6 +12,7 @@ __all__ = [
     "class_colors",
     "compare",
     "draw_boxes",
+    "draw_context",
     "draw_points",
     "draw_stages",
     "plot_curves",

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["Canvas", "square_around"]
+__all__ = ["Canvas", "rectangle", "square_around"]
 
 Color: TypeAlias = tuple[int, int, int]
 Point: TypeAlias = tuple[float, float]
@@ -116,6 +116,16 @@ class Canvas:
         for reach, fill in ((radius, seam), (radius - 1.5, color)):
             self._draw.ellipse(_square(x, y, reach * self._pen), fill=fill)
 
+    def ring(self, center: Point, radius: float, color: Color, width: float) -> None:
+        """A circle; its radius is pixels of the image, and it may leave the view."""
+        reach = radius * self.zoom * _FINER
+        if reach > _FINER * math.hypot(*self.size):  # beyond the corners, from any place in view
+            return
+        for extra, ink in ((2.0, PAPER), (0.0, color)):
+            half = max((width + extra) * self._pen / 2, 0.5)
+            place = _square(*self._fine(center), reach + half)
+            self._draw.ellipse(place, outline=ink, width=max(round(2 * half), 1))
+
     def cross(self, center: Point, radius: float, color: Color) -> None:
         """An upright cross."""
         x, y = self._fine(center)
@@ -184,6 +194,12 @@ class Canvas:
         if round_ends:
             for x, y in (first, last):
                 self._draw.ellipse(_square(x, y, (thickness - 1) / 2), fill=color)
+
+
+def rectangle(values: Iterable[float]) -> Rectangle:
+    """The four numbers of an xyxy box."""
+    x1, y1, x2, y2 = values
+    return float(x1), float(y1), float(x2), float(y2)
 
 
 def square_around(box: Rectangle, spots: np.ndarray) -> Rectangle:

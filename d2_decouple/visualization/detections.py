@@ -19,7 +19,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from detectron2.structures import Instances
 
-__all__ = ["class_colors", "common_area", "compare", "draw_boxes", "text_font"]
+__all__ = ["class_color", "class_colors", "common_area", "compare", "draw_boxes", "text_font"]
 
 Color: TypeAlias = tuple[int, int, int]
 Rectangle: TypeAlias = tuple[float, float, float, float]
@@ -49,6 +49,11 @@ def class_colors(num_classes: int) -> list[Color]:
             red, green, blue = (round(255 * channel) for channel in value)
         colors.append((red, green, blue))
     return colors
+
+
+def class_color(label: int, num_classes: int) -> Color:
+    """The colour of one class of several, also of one beyond them."""
+    return class_colors(max(num_classes, label + 1))[label]
 
 
 def draw_boxes(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .canvas import BLACK, INK, PAPER, Canvas, Color, Point, Rectangle, square_around
-from .detections import class_colors, common_area, text_font
+from .canvas import BLACK, INK, PAPER, Canvas, Color, Point, Rectangle, rectangle, square_around
+from .detections import class_color, common_area, text_font
 
 if TYPE_CHECKING:
     from d2_decouple.engine.points import DetectionPoints
@@ -74,10 +74,10 @@ def reading_of(seen: DetectionPoints, index: int, num_classes: int) -> Reading:
         shares = np.eye(len(seen.level_names))[[int(values["levels"])] * len(_OUTWARD)]
     label = int(values["pred_classes"])
     return Reading(
-        box=_rectangle(values.pop("pred_boxes")),
-        color=class_colors(max(num_classes, label + 1))[label],
+        box=rectangle(values.pop("pred_boxes")),
+        color=class_color(label, num_classes),
         other_boxes={
-            name: _rectangle(value)
+            name: rectangle(value)
             for name, value in values.items()
             if name.endswith("boxes") and np.isfinite(value).all()
         },
@@ -143,11 +143,6 @@ def draw_panel(
             else:
                 canvas.arrow((x, y), DOT_RADIUS, color)
     return _with_shares(canvas, reading, level_names, pen)
-
-
-def _rectangle(values: np.ndarray) -> Rectangle:
-    x1, y1, x2, y2 = values.tolist()
-    return x1, y1, x2, y2
 
 
 def _ends(reading: Reading) -> list[Point]:
@@ -216,4 +211,4 @@ def _free_place(
     options = np.concatenate((lower, lower + size), axis=1)
     hidden = np.array([common_area(option, np.array(taken)).sum() for option in options])
     costs = hidden + _RELUCTANCE * size[0] * size[1] * np.arange(len(options))
-    return _rectangle(options[int(np.argmin(costs))])
+    return rectangle(options[int(np.argmin(costs))])

@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .canvas import BLACK, PAPER, Canvas, Color
-from .detections import draw_boxes
 from .page import (
     ICON_WIDTH,
     Icon,
     check_image,
-    framed,
-    legend,
+    detection_title,
+    found_at,
+    page_of,
     shown_classes,
-    shown_of,
-    stacked,
-    title_strip,
 )
 from .point_panel import (
     DOT_COLORS,
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_points"]
 
-_COLUMN = 640  # pixels: width of the whole image and of the legend
 _PANELS = {1: 800, 2: 720, 3: 520, 4: 520}  # pixels: side of a panel, by how many there are
 _SMALL_PANEL = 400
 _MEANINGS = {
@@ -84,48 +80,29 @@ def draw_points(
         for index in range(min(limit, len(seen.instances)))
     ]
     names = shown_classes(seen.instances, class_names, limit)
-    overview = _overview(image, seen, readings, names)
-    if not readings:
-        return framed(overview)
-    column = stacked([overview, legend(_legend_rows(readings), _COLUMN)], axis=0)
-    width = math.ceil(math.sqrt(len(readings)))
     side = _PANELS.get(len(readings), _SMALL_PANEL)
     panels = []
     for index, reading in enumerate(readings):
-        title = title_strip(
-            names[index],
-            side,
-            tail=f" {float(seen.instances.scores[index]):.2f}",
-            badge=f"{index + 1}",
-            color=reading.color,
-            note=f"found at {seen.level_names[reading.level]}, "
-            f"stride {seen.strides[reading.level]}",
+        note = found_at(seen.level_names, seen.strides, reading.level)
+        title = detection_title(
+            names[index], seen.instances, index, side, color=reading.color, note=note
         )
         panel = draw_panel(image, reading, seen.level_names, side=side)
         panels.append(np.concatenate((title, panel)))
-    rows = [stacked(panels[i : i + width], axis=1) for i in range(0, len(panels), width)]
-    return framed(stacked([column, stacked(rows, axis=0)], axis=1))
-
-
-def _overview(
-    image: np.ndarray, seen: DetectionPoints, readings: Sequence[Reading], names: Sequence[str]
-) -> np.ndarray:
-    """The whole image, as wide as the legend or as high, with the boxes that have a panel."""
-    scale = _COLUMN / max(image.shape[:2])
-    drawn = draw_boxes(
+    return page_of(
         image,
-        np.array([reading.box for reading in readings]),
-        [f"{index + 1} {name}" for index, name in enumerate(names)],
-        colors=[reading.color for reading in readings],
-        scale=scale,
+        seen.instances,
+        names,
+        [(reading.box, reading.color) for reading in readings],
+        _legend_rows(readings),
+        panels,
+        columns=math.ceil(math.sqrt(len(readings))),
     )
-    picture = np.full((drawn.shape[0], _COLUMN, 3), 255, dtype=np.uint8)
-    picture[:, : drawn.shape[1]] = drawn
-    text = shown_of(len(seen.instances), len(readings))
-    return np.concatenate((title_strip(text, _COLUMN), picture))
 
 
 def _legend_rows(readings: Sequence[Reading]) -> list[tuple[Icon, str]]:
+    if not readings:
+        return []
     middle, color = ICON_WIDTH / 2, readings[0].color
     rows: list[tuple[Icon, str]] = [
         (lambda sheet, y: sheet.box((8, y - 9, ICON_WIDTH - 8, y + 9), color, 3), "detection"),

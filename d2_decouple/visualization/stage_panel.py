@@ -8,21 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-from .canvas import BLACK, INK, PAPER, Canvas, Color, Rectangle, square_around
-from .detections import class_colors, draw_boxes, text_font
-from .page import blank
+from .canvas import BLACK, Canvas, Color, Rectangle, rectangle, square_around
+from .detections import class_color, draw_boxes
+from .page import Bar, Icon, bars
 
 if TYPE_CHECKING:
     from d2_decouple.engine.stages import DetectionStages
 
 __all__ = [
     "OTHER",
-    "TRACK",
     "Course",
     "course_of",
-    "draw_bar",
     "draw_course",
     "draw_density",
     "draw_line",
@@ -38,9 +35,6 @@ _THIN, _THICK = 1.8, 3.2  # pixels of the picture: the first stage's line, and t
 _FADE, _DENSITY_FADE = 0.2, 0.35  # white that is mixed into the image
 _FAINT, _CLEAR = 0.05, 0.45  # opacity of proposals' outlines: of others, of those near an object
 _SIDE = 520  # pixels of a panel in which lines have their plain width
-_ROW = 25  # pixels of a bar with its texts
-_BAR = 9  # pixels: its height; its ends are round
-TRACK: Color = (232, 233, 237)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +60,10 @@ def course_of(seen: DetectionStages, index: int, num_classes: int) -> Course:
     label = int(found.pred_classes[index])
     known = seen.gt_boxes is not None and int(found.gt_index[index]) >= 0
     return Course(
-        boxes=tuple(_rectangle(box) for box in found.stage_boxes[index].tolist()),
+        boxes=tuple(rectangle(box) for box in found.stage_boxes[index].tolist()),
         ious=tuple(found.stage_ious[index].tolist()),
-        truth=_rectangle(seen.references[index].tolist()) if known else None,
-        color=class_colors(max(num_classes, label + 1))[label],
+        truth=rectangle(seen.references[index].tolist()) if known else None,
+        color=class_color(label, num_classes),
     )
 
 
@@ -108,34 +102,19 @@ def draw_course(image: np.ndarray, course: Course, *, side: int) -> np.ndarray:
     return np.concatenate((canvas.pixels(), _bars(course, side)))
 
 
-def draw_bar(
-    canvas: Canvas, ends: tuple[float, float], y: float, share: float, color: Color
-) -> None:
-    """A bar over a share of the way between two ends; nothing for 0."""
-    length = share * (ends[1] - ends[0])
-    if length > 0:
-        first, last = ends[0] + _BAR / 2, ends[0] + max(length, _BAR) - _BAR / 2
-        canvas.line((first, y), (last, y), color, _BAR, seam=PAPER)
-
-
 def _bars(course: Course, width: int) -> np.ndarray:
     """A line for each stage: how it is drawn, its name, and its IoU as a bar and a number."""
     stages = len(course.boxes) - 1
-    sheet = blank(width, _ROW * (stages + 1) + 10)
-    left, right = 130, width - 52
-    for stage, iou in enumerate(course.ious):
-        y = 8 + (stage + 0.5) * _ROW
-        draw_line(sheet, (4, y - 6, 30, y + 6), stage, stages)
-        color = stage_colors(stages)[stage - 1] if stage else BLACK
-        draw_bar(sheet, (left, right), y, 1.0, TRACK)
-        draw_bar(sheet, (left, right), y, iou, color)
-    picture = Image.fromarray(sheet.pixels())
-    draw, font, bold = ImageDraw.Draw(picture), text_font(15), text_font(15, bold=True)
-    for stage, iou in enumerate(course.ious):
-        y = 8 + (stage + 0.5) * _ROW
-        draw.text((42, y), f"stage {stage}" if stage else "proposal", INK, font, anchor="lm")
-        draw.text((width - 2, y), f"{iou:.2f}", INK, bold, anchor="rm")
-    return np.asarray(picture)
+    colors = (BLACK, *stage_colors(stages))
+
+    def icon(stage: int) -> Icon:
+        return lambda sheet, y: draw_line(sheet, (4, y - 6, 30, y + 6), stage, stages)
+
+    rows = [
+        Bar(f"stage {stage}" if stage else "proposal", iou, f"{iou:.2f}", color, icon(stage))
+        for stage, (iou, color) in enumerate(zip(course.ious, colors, strict=True))
+    ]
+    return bars(rows, width)
 
 
 def draw_density(
@@ -164,7 +143,7 @@ def draw_density(
     for near in (False, True):
         for index in np.flatnonzero((owners >= 0) == near).tolist():
             color = courses[owners[index]].color if near else OTHER
-            box = _rectangle(proposals[index].tolist())
+            box = rectangle(proposals[index].tolist())
             canvas.outline(box, color, 1, opacity=_CLEAR if near else _FAINT)
     drawn = draw_boxes(
         canvas.pixels(),
@@ -176,8 +155,3 @@ def draw_density(
     picture = np.full((size[1], side, 3), 255, dtype=np.uint8)
     picture[:, : size[0]] = drawn
     return picture
-
-
-def _rectangle(values: Sequence[float]) -> Rectangle:
-    x1, y1, x2, y2 = values
-    return x1, y1, x2, y2

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .canvas import BLACK, Canvas, Color
+from .canvas import Canvas, Color
 from .page import (
     GAP,
     ICON_WIDTH,
     Icon,
+    bar_icon,
     check_image,
+    detection_title,
     framed,
     legend,
     shown_classes,
@@ -23,10 +25,8 @@ from .page import (
 )
 from .stage_panel import (
     OTHER,
-    TRACK,
     Course,
     course_of,
-    draw_bar,
     draw_course,
     draw_density,
     draw_line,
@@ -125,13 +125,7 @@ def _density(
 def _panel(
     image: np.ndarray, seen: DetectionStages, index: int, course: Course, name: str, *, side: int
 ) -> np.ndarray:
-    title = title_strip(
-        name,
-        side,
-        tail=f" {float(seen.instances.scores[index]):.2f}",
-        badge=f"{index + 1}",
-        color=course.color,
-    )
+    title = detection_title(name, seen.instances, index, side, color=course.color)
     return np.concatenate((title, draw_course(image, course, side=side)))
 
 
@@ -153,7 +147,7 @@ def _legend_rows(seen: DetectionStages, courses: Sequence[Course]) -> list[tuple
         rows.append((_stages_icon(stages), "box after each stage, the darkest after the last"))
     else:
         rows.append((_stages_icon(stages), "box after the only stage"))
-    rows.append((_bar_icon, "IoU with the " + ("object" if known else "last box")))
+    rows.append((bar_icon, "IoU with the " + ("object" if known else "last box")))
     return rows
 
 
@@ -179,9 +173,3 @@ def _stages_icon(stages: int) -> Icon:
             sheet.line((left, y), (left + step - 3, y), color, 5)
 
     return draw
-
-
-def _bar_icon(sheet: Canvas, y: float) -> None:
-    ends = (8, ICON_WIDTH - 8)
-    draw_bar(sheet, ends, y, 1.0, TRACK)
-    draw_bar(sheet, ends, y, 0.7, BLACK)
