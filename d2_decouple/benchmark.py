@@ -27,7 +27,7 @@ import torch
 from tabulate import tabulate
 
 from . import extension
-from .benchmarks import decoupled_rcnn, fcos, gather, pdnet, tscode
+from .benchmarks import decoupled_rcnn, fcos, gather, mmdetection, pdnet, tscode
 from .benchmarks.detectors import SizedRow
 from .benchmarks.row import Row, Step
 from .config import nearest
@@ -38,6 +38,7 @@ ROWS: dict[str, Row] = {
     **fcos.ROWS,
     **pdnet.ROWS,
     **tscode.ROWS,
+    **mmdetection.ROWS,
     **decoupled_rcnn.ROWS,
     **gather.ROWS,
 }
@@ -183,7 +184,9 @@ def _machine(threads: int) -> dict[str, Any]:
 
 
 def _selected(only: str | None, device: str) -> list[str]:
-    names = only.split(",") if only else [name for name in ROWS if ROWS[name].device == device]
+    names = [name for name in ROWS if ROWS[name].device == device and ROWS[name].installed]
+    if only:
+        names = only.split(",")
     for name in names:
         if name not in ROWS:
             raise SystemExit(f"error: no row {name!r}; {nearest(name, ROWS)}")
@@ -191,6 +194,12 @@ def _selected(only: str | None, device: str) -> list[str]:
             raise SystemExit(
                 f"error: row {name!r} runs on a GPU, and PyTorch finds none: "
                 "`python -m d2_decouple.collect_env` says what it sees"
+            )
+        if not ROWS[name].installed:
+            raise SystemExit(
+                f"error: row {name!r} compares with {ROWS[name].reference_name}, and "
+                f"{ROWS[name].needs!r} is not installed: `pip install {ROWS[name].needs}` and what "
+                "it asks for"
             )
     return names
 

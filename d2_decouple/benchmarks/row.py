@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 __all__ = ["Row", "Step"]
@@ -25,6 +26,7 @@ class Row:
             many is timed too: the memory's floor under any implementation.
         floor_target: the ratio ours / floor that shall not be exceeded.
         peak_target: the ratio of peak memory ours / reference that shall not be exceeded.
+        needs: a module of the reference that must be installed; the row is left out without it.
     """
 
     ours: Callable[[], Step]
@@ -36,3 +38,9 @@ class Row:
     least_bytes: int | None = None
     floor_target: float | None = None
     peak_target: float | None = None
+    needs: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether what the reference needs is there."""
+        return self.needs is None or find_spec(self.needs) is not None

@@ -126,16 +126,16 @@ class RearrangedClassPredictor(nn.Conv2d):
 
 
 class HalvingConv2d(nn.Conv2d):
-    """A convolution of stride 2 whose weight has a finite gradient on a map of one cell, too.
+    """A convolution of stride 2 whose weight has a finite gradient on a map of one column, too.
 
     On a CPU, the backward pass of bfloat16 leaves the gradients of taps that touch nothing but
-    padding as the memory was. A second row and column of zeros make them ordinary, and the
-    result is the same.
+    padding there as the memory was. A second column of zeros makes them ordinary, and the result
+    is the same.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / 2), ceil(W / 2))."""
-        return super().forward(F.pad(input, (0, 1, 0, 1)) if map_size(input) == (1, 1) else input)
+        return super().forward(F.pad(input, (0, 1)) if input.shape[-1] == 1 else input)
 
 
 class StridedConv(nn.Sequential):

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from compositions import CLASSES, compose
+from compositions import CLASSES, COMPOSITIONS, compose
+from detectron2.config import instantiate
 from process_groups import PROCESSES, join
 from torch.nn.parallel import DistributedDataParallel
-from util import loss_sum, make_instances, random_input
+from util import excite, loss_sum, make_instances, random_input, tiny
+
+from d2_decouple.config import get_config
 
 SIZE = (64, 64)  # one size: padding would change what GroupNorm sees
 OBJECTS = {  # of each image; the first half of the images goes to the first process
@@ -20,7 +23,10 @@ OBJECTS = {  # of each image; the first half of the images goes to the first pro
     "one positive in total": None,
 }
 # Without plug-ins, and those that bring sums, normalisers and modules of their own.
-MODELS = ("plain", "PDNet", "SALT", "SALT and SAPD")
+MODELS = (
+    *("plain", "PDNet", "SALT", "SALT and SAPD"),
+    *("tscode_fcos_R_50_FPN_1x", "tscode_atss_R_50_FPN_1x", "tscode_gfl_R_50_FPN_1x"),
+)
 
 
 def batch(case):
@@ -43,7 +49,9 @@ def gradients(model, wrapped, inputs):
 
 def fresh(name):
     torch.manual_seed(5)
-    return compose(name).double()
+    if name in COMPOSITIONS:
+        return compose(name).double()
+    return excite(instantiate(tiny(get_config(name)).model), gain=0.5).double()
 
 
 def train_half(rank, folder):
