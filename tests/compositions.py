@@ -13,17 +13,19 @@ from standin_assigners import (
     PaddingIgnored,
     ScoreWeighted,
 )
-from standins import (
-    AnchorPredictor,
-    BoxDetail,
-    HalfResolution,
-    PointAligner,
-)
+from standins import AnchorPredictor, PointAligner
 from torch import nn
 from util import WIDTH, excite, tiny
 
 from d2_decouple.config import get_config
-from d2_decouple.modeling import BestLocations, GIoUTerm, class_score, coarse_boxes
+from d2_decouple.modeling import (
+    TSCODE,
+    BestLocations,
+    GIoUTerm,
+    TSCODEOptions,
+    class_score,
+    coarse_boxes,
+)
 
 CHANNELS = "${...backbone.out_channels}"
 CLASSES = 3
@@ -45,12 +47,12 @@ def nested(assigner: Any, **changes: Any) -> dict[str, Any]:
 
 
 def half_resolution(model: Any) -> None:
-    model.head.context = L(HalfResolution)(channels=CHANNELS)
+    model.head.context = L(TSCODE)(channels=CHANNELS)
     model.head_in_features = ["res2", *model.head_in_features]
 
 
 def box_detail(model: Any) -> None:
-    model.head.context = L(BoxDetail)(channels=CHANNELS)
+    model.head.context = L(TSCODE)(channels=CHANNELS, options=L(TSCODEOptions)(use_sce=False))
     model.head_in_features = ["res2", *model.head_in_features]
 
 

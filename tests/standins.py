@@ -1,88 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least that the papers need of a head: their tensors, not their methods."""
+"""The least that the papers that are not built need of a head: their tensors, not their methods."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2_decouple.layers.points import Grid, distances_to_boxes
-from d2_decouple.modeling import ClassPredictor, FCOSPredictor
+from d2_decouple.modeling import FCOSPredictor
 from d2_decouple.modeling.head import flatten_maps
 from d2_decouple.structures import DensePredictions
 
 
 def conv3x3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(before, after, 3, stride=stride, padding=1)
-
-
-def blocks_to_cells(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, 4C, h, w) -> (N, C, H, W): channel (2i + j) * C + c becomes cell (2y + i, 2x + j)."""
-    images, channels, height, width = x.shape
-    x = x.view(images, 2, 2, channels // 4, height, width).permute(0, 3, 4, 1, 5, 2)
-    x = x.reshape(images, channels // 4, 2 * height, 2 * width)
-    return x[..., : size[0], : size[1]]
-
-
-class RearrangedPredictor(nn.Conv2d):
-    """Four cells' classes from each cell of a map at half resolution."""
-
-    def forward(self, feature: Tensor, size: tuple[int, int]) -> Tensor:
-        return blocks_to_cells(super().forward(feature), size)
-
-
-class BoxDetail(nn.Module):
-    """The box half of TSCODE: reads the next coarser and the next finer map, ``res2`` at P3."""
-
-    cls_stride = 1
-    finer_levels = 1
-
-    def __init__(self, *, channels: int) -> None:
-        super().__init__()
-        self.in_channels = self.cls_channels = self.box_channels = channels
-        self.box_down = conv3x3(channels, channels, stride=2)
-
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        levels = features[1:]
-        box = []
-        for finer, level, coarser in zip(features, levels, [*levels[1:], None], strict=False):
-            detail = F.interpolate(level, finer.shape[-2:]) + finer
-            merged = level + self.box_down(detail)
-            if coarser is not None:
-                merged = merged + F.interpolate(coarser, level.shape[-2:])
-            box.append(merged)
-        return levels, box
-
-    def class_predictor(
-        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool
-    ) -> nn.Module:
-        return ClassPredictor(
-            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
-        )
-
-
-class HalfResolution(BoxDetail):
-    """TSCODE: classes from twice the channels at half the resolution, and the box half."""
-
-    cls_stride = 2
-
-    def __init__(self, *, channels: int) -> None:
-        super().__init__(channels=channels)
-        self.cls_channels = 2 * channels
-        self.cls_down = conv3x3(channels, channels, stride=2)
-        self.top = conv3x3(channels, channels, stride=2)
-
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        levels, box = super().forward(features)
-        coarser = [*levels[1:], self.top(levels[-1])]
-        pairs = zip(levels, coarser, strict=True)
-        return [torch.cat((self.cls_down(level), up), dim=1) for level, up in pairs], box
-
-    def class_predictor(
-        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool
-    ) -> nn.Module:
-        return RearrangedPredictor(
-            in_channels, 4 * out_channels, kernel_size, padding=kernel_size // 2, bias=bias
-        )
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:

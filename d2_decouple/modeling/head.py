@@ -288,7 +288,8 @@ class DenseHead(nn.Module):
         if unknown:
             raise ValueError(
                 f"model.head_in_features names {unknown}, the backbone gives {sorted(shapes)}; "
-                "name levels among these, or make the backbone give more"
+                "name levels among these, or make the backbone give more: a bottom-up map such as "
+                "res2 by model.backbone.bottom_up.out_features and model.backbone.passed_on"
             )
         expected = self.context.finer_levels + len(self.strides)
         if len(names) != expected:

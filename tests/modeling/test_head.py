@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 from detectron2.config import instantiate
-from standins import HalfResolution, PointAligner
+from standins import PointAligner
 from torch import nn
 from util import WIDTH, excite, random_input, tiny, tiny_model
 
 from d2_decouple.config import get_config
-from d2_decouple.modeling import ClassPredictor, DenseHead, FCOSPredictor, SharedContext
+from d2_decouple.modeling import TSCODE, ClassPredictor, DenseHead, FCOSPredictor, SharedContext
 from d2_decouple.modeling.head import flatten_maps, prior_bias
 
 STRIDES = (8, 16)
@@ -98,7 +98,7 @@ def test_recipes_of_fcos_stand_in_the_middle_of_cells(name):
 
 
 def test_finer_maps_in_front_are_the_contexts_business():
-    head = make_head(context=HalfResolution(channels=WIDTH), cls_conv_dims=[32])
+    head = make_head(context=TSCODE(channels=WIDTH), cls_conv_dims=[32])
     predictions = head(maps((8, 10), (4, 5), (2, 3)))
     assert predictions.level_sizes == (20, 6)
 
@@ -149,9 +149,9 @@ def test_wrong_predictor_channels_name_both_and_the_key():
 
 
 def test_aligner_beside_half_resolution_says_why():
-    with pytest.raises(ValueError, match=r"PointAligner samples both tasks.*HalfResolution.*1/2"):
+    with pytest.raises(ValueError, match=r"PointAligner samples both tasks.*TSCODE.*1/2"):
         make_head(
-            context=HalfResolution(channels=WIDTH),
+            context=TSCODE(channels=WIDTH),
             aligner=PointAligner(channels=WIDTH, num_levels=2),
         )
 

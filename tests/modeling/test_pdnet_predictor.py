@@ -21,13 +21,18 @@ from pdnet_parts import (
     predictor_of,
     random_maps,
 )
-from standins import HalfResolution
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 from util import tiny
 
 from d2_decouple.config import get_config
-from d2_decouple.modeling import BoundaryPoints, GridOffsetPoints, PDNetPredictor, SemanticPoints
+from d2_decouple.modeling import (
+    TSCODE,
+    BoundaryPoints,
+    GridOffsetPoints,
+    PDNetPredictor,
+    SemanticPoints,
+)
 from d2_decouple.structures import DensePredictions
 
 
@@ -225,7 +230,7 @@ def test_all_off_is_the_plain_model() -> None:
 
 def test_class_maps_at_half_resolution() -> None:
     """A context rearranges its map before points are read: they are those of the own level."""
-    context = HalfResolution(channels=64)
+    context = TSCODE(channels=64)
     head = excited_head(Kinds(), context)
     assert head.cls_subnet[0].in_channels == 128
     sizes = [(12, 18), *SIZES]
