@@ -3,7 +3,15 @@
 
 from .atss import ATSSAssigner, ATSSPredictor
 from .augmented import TestTimeAugmentation
+from .autoassign import (
+    AutoAssignAssigner,
+    AutoAssignPredictor,
+    CenterPriorTerm,
+    NegativeTerm,
+    PositiveTerm,
+)
 from .cascaded_classes import CascadedClassROIHeads
+from .ddod import BoxQualityTerm, DDODAssigner, box_targets
 from .decoupled_rcnn import DecoupledROIHeads
 from .decoupled_rpn import DecoupledProposals, DecoupledRPN
 from .detector import OneStageDetector
@@ -28,6 +36,7 @@ from .head import ClassPredictor, DenseHead, SharedContext
 from .pdnet import PDNetAssigner, PDNetPredictor
 from .pyramid import FPN, PAFPN, FoldedConv2d, LinearP6P7, fold_frozen_norms
 from .regions import RegionSelection
+from .retinanet import DeltaL1Term, RetinaNetAssigner, RetinaNetPredictor
 from .roi_branches import (
     BoxBranch,
     ClassBranch,
@@ -117,4 +126,15 @@ __all__ = [
     "GFLv2Predictor",
     "QualityFocalTerm",
     "box_distribution",
+    "AutoAssignAssigner",
+    "AutoAssignPredictor",
+    "CenterPriorTerm",
+    "NegativeTerm",
+    "PositiveTerm",
+    "BoxQualityTerm",
+    "DDODAssigner",
+    "box_targets",
+    "DeltaL1Term",
+    "RetinaNetAssigner",
+    "RetinaNetPredictor",
 ]

@@ -11,7 +11,20 @@ from torch import Tensor
 
 from ..structures import DensePredictions, GroundTruth
 
-__all__ = ["Levels", "claimed_index", "index_in_image", "matched_truth", "read_levels"]
+__all__ = [
+    "BestOverlaps",
+    "Levels",
+    "best_overlaps",
+    "claimed_index",
+    "index_in_batch",
+    "index_in_image",
+    "matched_truth",
+    "objects_at_once",
+    "read_levels",
+]
+
+_PAIRS = 2**21  # of an object and a box that are compared at once
+_MIN_AREA = 1e-6  # floor of unions, in square pixels
 
 
 class Levels(NamedTuple):
@@ -92,6 +105,80 @@ def matched_truth(
 
 def index_in_image(matched: Tensor, truth: GroundTruth) -> Tensor:
     """(N, R) index of the matched box in its own image, -1 where there is none."""
-    first = [0, *accumulate(truth.counts)][:-1]
-    local = matched - _sent(first, matched.device)[:, None]
+    local = matched - _first_boxes(truth, matched.device)
     return torch.where(matched == len(truth.boxes), -1, local)
+
+
+def index_in_batch(local: Tensor, truth: GroundTruth) -> Tensor:
+    """(N, R) index among all G boxes of the batch, G where there is none (``local`` < 0).
+
+    The way back from :func:`index_in_image`.
+    """
+    matched = local + _first_boxes(truth, local.device)
+    return torch.where(local < 0, len(truth.boxes), matched)
+
+
+def _first_boxes(truth: GroundTruth, device: torch.device) -> Tensor:
+    """(N, 1) index of each image's first box among all of the batch."""
+    return _sent([0, *accumulate(truth.counts)][:-1], device)[:, None]
+
+
+class BestOverlaps(NamedTuple):
+    """Which of an image's objects each of R boxes overlaps most; all -1 without an object.
+
+    Attributes:
+        overlap: (R,) IoU with the object that the box overlaps most; -1 where it is inverted.
+        matched: (R,) that object.
+        top_overlap: (R,) the same among those objects that no box overlaps more than this one
+            does; -1 where it is no object's best.
+        top_matched: (R,) that object.
+    """
+
+    overlap: Tensor
+    matched: Tensor
+    top_overlap: Tensor
+    top_matched: Tensor
+
+
+def best_overlaps(boxes: Tensor, gt_boxes: Tensor, side_offset: float = 0.0) -> BestOverlaps:
+    """(R, 4) boxes compared with the (M, 4) objects of one image, all xyxy pixels.
+
+    Of equal overlaps the first object's is taken. A few objects are compared at once, as many as
+    there is memory for: boxes times objects are never held.
+
+    Args:
+        boxes: predicted boxes or anchors.
+        gt_boxes: the objects.
+        side_offset: what a side of a box has beside x2 - x1, in pixels.
+    """
+    found = [boxes.new_full((len(boxes),), -1.0) for _ in range(2)]
+    matched = [torch.full_like(x, -1, dtype=torch.long) for x in found]
+    chunk = objects_at_once(len(boxes))
+    for start in range(0, len(gt_boxes), chunk):
+        overlaps = _overlaps(gt_boxes[start : start + chunk], boxes, side_offset)
+        top = torch.where(overlaps == overlaps.amax(1, keepdim=True), overlaps, -1)
+        for values, kept, kept_index in zip((overlaps, top), found, matched, strict=True):
+            value, which = values.max(0)
+            better = value > kept
+            kept.copy_(torch.where(better, value, kept))
+            kept_index.copy_(torch.where(better, which + start, kept_index))
+    return BestOverlaps(found[0], matched[0], found[1], matched[1])
+
+
+def objects_at_once(count: int) -> int:
+    """How many objects may be compared with ``count`` predictions without much memory."""
+    return max(_PAIRS // max(count, 1), 1)
+
+
+def _overlaps(gt_boxes: Tensor, boxes: Tensor, side_offset: float) -> Tensor:
+    """(M, R) IoU; -1 with an inverted box."""
+    low = [torch.maximum(gt_boxes[:, i, None], boxes[None, :, i]) for i in (0, 1)]
+    high = [torch.minimum(gt_boxes[:, i, None], boxes[None, :, i]) for i in (2, 3)]
+    width, height = (
+        (end - start + side_offset).clamp_(min=0) for start, end in zip(low, high, strict=True)
+    )
+    common = width.mul_(height)
+    areas = [(x[..., 2:] - x[..., :2] + side_offset).prod(-1) for x in (gt_boxes, boxes)]
+    union = areas[0][:, None] + areas[1] - common
+    inverted = (boxes[:, 2:] < boxes[:, :2]).any(-1)
+    return (common / union.clamp_(min=_MIN_AREA)).masked_fill_(inverted, -1)

@@ -28,14 +28,20 @@ from ..structures import (
 )
 from .dynamic_points import SIDES, Points
 from .head import flatten_maps, map_size, prior_bias
-from .matching import Levels, claimed_index, index_in_image, matched_truth, read_levels
+from .matching import (
+    Levels,
+    best_overlaps,
+    claimed_index,
+    index_in_batch,
+    index_in_image,
+    matched_truth,
+    read_levels,
+)
 from .selection import coarse_boxes
 
 __all__ = ["PDNetAssigner", "PDNetPredictor"]
 
 _PRIOR_REACH = 2  # cells from a cell to each side of its prior box
-_CHUNK = 64  # ground-truth boxes that are compared with all predictions at once
-_MIN_AREA = 1e-6  # floor of unions, in square pixels
 _MIN_SIDE = 1e-6  # floor of an object's sides, in pixels
 
 
@@ -318,45 +324,18 @@ class PDNetAssigner(nn.Module):
     def _overlapping(self, truth: GroundTruth, predictions: DensePredictions) -> Tensor:
         """(N, R) index of the object that each prediction learns, G where there is none."""
         coarse = coarse_boxes(predictions).detach()
-        first, rows = 0, []
-        for boxes, gt_boxes in zip(coarse, truth.boxes.split(truth.counts), strict=True):
-            local = self._best_object(boxes, gt_boxes)
-            rows.append(torch.where(local < 0, len(truth.boxes), local + first))
-            first += len(gt_boxes)
-        return torch.stack(rows)
+        rows = [
+            self._best_object(boxes, gt_boxes)
+            for boxes, gt_boxes in zip(coarse, truth.boxes.split(truth.counts), strict=True)
+        ]
+        return index_in_batch(torch.stack(rows), truth)
 
     def _best_object(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
         """(R,) index among the (M, 4) objects of one image, -1 where there is none."""
-        best, best_low = (boxes.new_full((len(boxes),), -1.0) for _ in range(2))
-        index, index_low = (torch.full_like(best, -1, dtype=torch.long) for _ in range(2))
-        for start in range(0, len(gt_boxes), _CHUNK):
-            overlaps = self._overlaps(gt_boxes[start : start + _CHUNK], boxes)
-            greatest = torch.where(overlaps == overlaps.amax(1, keepdim=True), overlaps, -1)
-            for values, kept, kept_index in (
-                (overlaps, best, index),
-                (greatest, best_low, index_low),
-            ):
-                value, which = values.max(0)
-                better = value > kept
-                kept.copy_(torch.where(better, value, kept))
-                kept_index.copy_(torch.where(better, which + start, kept_index))
-        index = torch.where(best >= self.iou_threshold, index, -1)
+        best = best_overlaps(boxes, gt_boxes, self.side_offset)
+        index = torch.where(best.overlap >= self.iou_threshold, best.matched, -1)
         # Above zero, or an object that nothing overlaps would have every prediction.
-        return torch.where(best_low > 0, index_low, index)
-
-    def _overlaps(self, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
-        """(M, R) IoU; -1 with an inverted box."""
-        low = [torch.maximum(gt_boxes[:, i, None], boxes[None, :, i]) for i in (0, 1)]
-        high = [torch.minimum(gt_boxes[:, i, None], boxes[None, :, i]) for i in (2, 3)]
-        width, height = (
-            (end - start + self.side_offset).clamp_(min=0)
-            for start, end in zip(low, high, strict=True)
-        )
-        common = width.mul_(height)
-        areas = [self._sides(x).prod(-1) for x in (gt_boxes, boxes)]
-        union = areas[0][:, None] + areas[1] - common
-        inverted = (boxes[:, 2:] < boxes[:, :2]).any(-1)
-        return (common / union.clamp_(min=_MIN_AREA)).masked_fill_(inverted, -1)
+        return torch.where(best.top_overlap > 0, best.top_matched, index)
 
     def _sides(self, boxes: Tensor) -> Tensor:
         """(..., 2) width and height of (..., 4) boxes."""
