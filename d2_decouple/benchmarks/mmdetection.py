@@ -35,12 +35,11 @@ def _ours(host: str) -> nn.Module:
 
 def _theirs(host: str) -> Step:
     # By name: nobody needs mmdetection to read this file, or to check its types.
-    mmdet, config, scope = (
-        import_module(name) for name in ("mmdet", "mmengine.config", "mmengine.registry")
-    )
+    names = ("mmdet", "mmengine.config", "mmengine.registry")
+    mmdet, config, scope = [import_module(name) for name in names]
     scope.init_default_scope("mmdet")
     import_module("mmdet.models")
-    folder = Path(mmdet.__file__).parent / ".mim" / "configs" / host
+    folder = Path(str(mmdet.__file__)).parent / ".mim" / "configs" / host
     recipe = config.Config.fromfile(folder / f"{host}_r50_fpn_1x_coco.py").model
     recipe.backbone.init_cfg = None  # random weights, as ours
     torch.manual_seed(0)
@@ -50,7 +49,9 @@ def _theirs(host: str) -> Step:
 
     def losses() -> dict[str, Tensor]:
         found = model.loss(scaled[None], [sample])
-        return {name: sum(x) if isinstance(x, list) else x for name, x in found.items()}
+        return {
+            name: torch.stack(x).sum() if isinstance(x, list) else x for name, x in found.items()
+        }
 
     return train_step(model, losses)
 
