@@ -14,11 +14,10 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import get_norm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from ..layers.tower import init_conv
+from ..layers.strided import HalvingConv2d, StridedConv
 from .head import ClassPredictor, Size, map_size
 
 __all__ = ["TSCODE", "RearrangedClassPredictor", "TSCODEOptions", "blocks_to_cells"]
@@ -123,31 +122,6 @@ class RearrangedClassPredictor(nn.Conv2d):
                 "rounded up: a tower in front of it must keep the size"
             )
         return blocks_to_cells(super().forward(input), size)
-
-
-class HalvingConv2d(nn.Conv2d):
-    """A convolution of stride 2 whose weight has a finite gradient on a map of one column, too.
-
-    On a CPU, the backward pass of bfloat16 leaves the gradients of taps that touch nothing but
-    padding there as the memory was. A second column of zeros makes them ordinary, and the result
-    is the same.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', ceil(H / 2), ceil(W / 2))."""
-        return super().forward(F.pad(input, (0, 1)) if input.shape[-1] == 1 else input)
-
-
-class StridedConv(nn.Sequential):
-    """A convolution of stride 2, a norm and a ReLU: the paper's DConv. Sizes are rounded up."""
-
-    def __init__(self, channels: int, *, kernel_size: int, norm: str, activation: bool) -> None:
-        conv = HalvingConv2d(
-            channels, channels, kernel_size, stride=2, padding=kernel_size // 2, bias=not norm
-        )
-        parts = [conv, get_norm(norm, channels), nn.ReLU(inplace=True) if activation else None]
-        super().__init__(*(part for part in parts if part is not None))
-        init_conv(self)
 
 
 class TSCODE(nn.Module):
@@ -271,9 +245,12 @@ class TSCODE(nn.Module):
                 parts.append(level)
             if "low" in terms:
                 low = finer[index]
-                if "self" in terms:
-                    low = self._enlarged(level, low).add_(low)
-                parts.append(self.dpe_down(low))
+                if "self" not in terms:
+                    parts.append(self.dpe_down(low))
+                elif self.options.upsample == "nearest":
+                    parts.append(self.dpe_down.over_enlarged(level, low))
+                else:
+                    parts.append(self.dpe_down(self._enlarged(level, low).add_(low)))
             if total is None:
                 details.append(reduce(torch.add, parts))
             else:

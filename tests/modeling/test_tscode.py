@@ -15,9 +15,10 @@ from tscode_loops import Pyramid, copied, rearranged, semantics, strided
 from util import WIDTH, excite, loss_sum, random_input, tiny, without_gradient
 
 from d2_decouple.config import get_config
+from d2_decouple.layers.strided import HalvingConv2d
 from d2_decouple.modeling import TSCODE, DenseHead, FCOSPredictor, TSCODEOptions
 from d2_decouple.modeling.head import prior_bias
-from d2_decouple.modeling.tscode import HalvingConv2d, RearrangedClassPredictor, blocks_to_cells
+from d2_decouple.modeling.tscode import RearrangedClassPredictor, blocks_to_cells
 
 HOSTS = ["fcos", "atss", "gfl"]
 STRIDES = (8, 16, 32, 64, 128)
