@@ -60,14 +60,26 @@ class StridedConv(nn.Sequential):
         """
         conv, *rest = self
         size = (finer.shape[-2], finer.shape[-1])
-        short = level.requires_grad and not finer.requires_grad and conv.kernel_size == (3, 3)
-        if not short or size != (2 * level.shape[-2], 2 * level.shape[-1]):
+        if size != (2 * level.shape[-2], 2 * level.shape[-1]):
             return self(F.interpolate(level, size, mode="nearest").add_(finer))
-        total = F.interpolate(level.detach(), size, mode="nearest").add_(finer)
-        output = _GradientOfLevel.apply(conv(total), level, conv.weight)
+        if not (torch.is_grad_enabled() and level.requires_grad):
+            return self(_with_copies(finer, level))
+        if finer.requires_grad or conv.kernel_size != (3, 3):
+            return self(F.interpolate(level, size, mode="nearest").add_(finer))
+        total = conv(_with_copies(finer, level.detach()))
+        output = _GradientOfLevel.apply(total, level, conv.weight)
         for part in rest:
             output = part(output)
         return output
+
+
+def _with_copies(finer: Tensor, level: Tensor) -> Tensor:
+    """(N, C, 2 H, 2 W) of ``finer`` plus 2 x 2 copies of each cell of ``level`` (N, C, H, W).
+
+    The copies are never written; the backward of this would be slower than that of copies.
+    """
+    cells = finer.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (N, C, H, 2, W, 2)
+    return (cells + level[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
 
 
 class _GradientOfLevel(torch.autograd.Function):

@@ -33,6 +33,7 @@ from .gfl import (
     box_distribution,
 )
 from .head import ClassPredictor, DenseHead, SharedContext
+from .ota import OTAAssigner
 from .pdnet import PDNetAssigner, PDNetPredictor
 from .pyramid import FPN, PAFPN, FoldedConv2d, LinearP6P7, fold_frozen_norms
 from .regions import RegionSelection
@@ -137,4 +138,5 @@ __all__ = [
     "DeltaL1Term",
     "RetinaNetAssigner",
     "RetinaNetPredictor",
+    "OTAAssigner",
 ]
