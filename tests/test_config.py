@@ -188,6 +188,8 @@ def shrinking(name):
     changes = ["model.head.cls_conv_dims=[64]", "model.head.box_conv_dims=[64]"]
     if get_config(name).model.backbone.out_channels == 256:
         changes += ["model.backbone.out_channels=64", "model.head.predictor.in_channels=64"]
+        if name.startswith("tscode_"):
+            changes.append("model.head.context.finer_channels=256")
     return changes
 
 

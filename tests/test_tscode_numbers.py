@@ -151,13 +151,19 @@ PAPER = {  # Table 1, whose counter counts biases and activations, too
 }
 
 
+# An enlarged level counts as one operation for each number that is written. Levels of twice the
+# size are added without writing the copies: C2, P3 and P4.
+COPIES = 256 * (200 * 320 + 100 * 160 + 50 * 80)
+
+
 @pytest.mark.parametrize("row", range(4), ids=("base", "sce", "dpe", "both"))
 @pytest.mark.parametrize("host", HOSTS)
 def test_every_row_of_table_1(host: str, row: int) -> None:
     found = recipe(host, ("base", "sce", "dpe", "both")[row])
     assert found.conv == CONV[host][row]
     assert found.parameters == PARAMETERS[host][row]
-    assert found.total / GIGA == pytest.approx(FVCORE[host][row], abs=0.0006)
+    unwritten = COPIES if row >= 2 else 0
+    assert (found.total + unwritten) / GIGA == pytest.approx(FVCORE[host][row], abs=0.0006)
     assert found.total / GIGA == pytest.approx(PAPER[host][row], abs=0.3)
     difference = (found.total - recipe(host, "base").total) / GIGA
     assert difference == pytest.approx(PAPER[host][row] - PAPER[host][0], abs=0.1)
