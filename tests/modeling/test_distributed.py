@@ -26,6 +26,7 @@ OBJECTS = {  # of each image; the first half of the images goes to the first pro
 MODELS = (
     *("plain", "PDNet", "SALT", "SALT and SAPD"),
     *("tscode_fcos_R_50_FPN_1x", "tscode_atss_R_50_FPN_1x", "tscode_gfl_R_50_FPN_1x"),
+    *("autoassign_R_50_FPN_1x", "ddod_R_50_FPN_1x", "ota_R_50_FPN_1x", "retinanet_R_50_FPN_1x"),
 )
 
 
@@ -58,9 +59,9 @@ def train_half(rank, folder):
     join(rank, folder)
     results = {}
     for name in MODELS:
-        model = fresh(name)
-        wrapped = DistributedDataParallel(model)
         for case in OBJECTS:
+            model = fresh(name)  # DDOD counts the positives of a whole training
+            wrapped = DistributedDataParallel(model)
             inputs = batch(case)
             half = len(inputs) // PROCESSES
             own = inputs[rank * half : (rank + 1) * half]
