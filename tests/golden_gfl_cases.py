@@ -133,16 +133,22 @@ def write_head_case(folder: Path) -> Path:
         "reg_topk": None,
     }
     outputs = forward({name: draw(name, *entry) for name, *entry in WEIGHTS})
-    outputs |= detected(outputs, config)
+    scores = [1 / (1 + np.exp(-outputs[f"p_logits/{level}"][0])) for level in LEVELS]
+    outputs |= detected(outputs["boxes"][0], scores, config)
     return write(folder / "gfl_head_small.json", "gfl_head", config, inputs, outputs, WEIGHTS)
 
 
 def tower(feature: np.ndarray, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """A convolution, normalised in two groups of channels, cut at zero."""
-    nothing = np.zeros(CHANNELS)
-    groups = np.split(convolved(feature, weights[f"{name}.0.conv.weight"], nothing), 2)
+    found = convolved(feature, weights[f"{name}.0.conv.weight"], np.zeros(CHANNELS))
+    return activated(found, weights, f"{name}.0.gn")
+
+
+def activated(found: np.ndarray, weights: Mapping[str, np.ndarray], norm: str) -> np.ndarray:
+    """A map (C, H, W), normalised in two groups of channels, cut at zero."""
+    groups = np.split(found, 2)
     normal = np.concatenate([(x - x.mean()) / np.sqrt(x.var() + 1e-5) for x in groups])
-    scale, shift = (weights[f"{name}.0.gn.{kind}"][:, None, None] for kind in ("weight", "bias"))
+    scale, shift = (weights[f"{norm}.{kind}"][:, None, None] for kind in ("weight", "bias"))
     return np.maximum(normal * scale + shift, 0)
 
 
@@ -169,20 +175,24 @@ def forward(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**outputs, "boxes": np.array([boxes])}
 
 
-def detected(outputs: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The best locations of each level, and what suppression leaves of them."""
-    boxes, first = outputs["boxes"][0].tolist(), 0
+def detected(
+    boxes: np.ndarray, maps: Sequence[np.ndarray], config: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The best locations of each level, and what suppression leaves of them.
+
+    ``maps`` are (classes, H, W) scores of each level, ``boxes`` (R, 4).
+    """
+    first, channels = 0, len(maps[0])
     found: list[tuple[float, int, list[float]]] = []
-    for level, size in zip(LEVELS, SIZES, strict=True):
-        logits = outputs[f"p_logits/{level}"][0].reshape(CLASSES, -1).T
-        order = sorted(range(len(logits)), key=lambda row: -max(logits[row]))
+    for scores in (x.reshape(channels, -1).T.tolist() for x in maps):
+        order = sorted(range(len(scores)), key=lambda row: -max(scores[row]))
         for row in order[: config["nms_pre"]]:
-            for label, logit in enumerate(logits[row]):
-                if sigmoid(logit) > config["score_thr"]:
-                    found.append((sigmoid(logit), label, boxes[first + row]))
-        first += size[0] * size[1]
+            for label, score in enumerate(scores[row]):
+                if score > config["score_thr"]:
+                    found.append((score, label, boxes[first + row].tolist()))
+        first += len(scores)
     kept = []
-    for label in range(CLASSES):
+    for label in range(channels):
         own = [x for x in found if x[1] == label]
         survivors = suppressed([x[2] for x in own], [x[0] for x in own], config["nms_iou"])
         kept += [own[index] for index in survivors]
@@ -232,16 +242,16 @@ def write_loss_case(folder: Path) -> Path:
 class Sums:
     """What adds up over the locations of a batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         self.cls, self.bbox, self.dfl, self.weight = ([0.0] * len(LEVELS) for _ in range(4))
-        self.slopes = [np.zeros((len(SCENES), CLASSES, *size)) for size in SIZES]
+        self.slopes = [np.zeros((len(SCENES), channels, *size)) for size in SIZES]
         self.labels: list[list[int]] = []
         self.used: list[list[float]] = []
         self.boxes: list[list[list[float]]] = []
 
     def add(self, image: int, cell: Cell, scores: Sequence[float], sides: Any, owner: int) -> None:
         """One location: the scores of its classes, its distributions, its object."""
-        targets = [0.0] * CLASSES
+        targets = [0.0] * len(scores)
         boxes, label = SCENES[image][1], CLASSES
         self.used[image].append(float(owner != UNUSED))
         self.boxes[image].append([0.0] * 4)
@@ -268,7 +278,7 @@ class Sums:
 
 def losses(p: Sequence[np.ndarray], z: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Of the kind ``gfl_loss``, but for the gradients of the distributions."""
-    sums, cells = Sums(), cells_of(SIZES, STRIDES)
+    sums, cells = Sums(p[0].shape[1]), cells_of(SIZES, STRIDES)
     count = 0
     for image, (size, boxes) in enumerate(SCENES):
         for rows in (sums.labels, sums.used, sums.boxes):

@@ -14,7 +14,7 @@ from d2_decouple.engine import lazy_recipe, train
 RECIPES = {  # iterations
     "fcos_R_18_FPN_bccd": 110,
     "pdnet_R_18_FPN_bccd": 110,
-    "tscode_gfl_R_18_FPN_bccd": 110,
+    "tscode_atss_R_18_FPN_bccd": 110,
     "decoupled_rcnn_R_18_FPN_bccd": 90,
 }
 PLATELETS = BCCD_CLASSES.index("Platelets")

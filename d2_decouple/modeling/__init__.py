@@ -23,6 +23,7 @@ from .dynamic_points import (
     SemanticPoints,
 )
 from .fcos import FCOSAssigner, FCOSPredictor, unit_weight
+from .free_points import FreePoints
 from .gfl import (
     DistributionFocalTerm,
     DistributionQuality,
@@ -46,6 +47,7 @@ from .roi_branches import (
     FCHead,
     SharedBoxBranch,
 )
+from .salt import SALT, SALTOptions, SelfDistillationTerm
 from .selection import (
     BestLocations,
     BestPairs,
@@ -139,4 +141,8 @@ __all__ = [
     "RetinaNetAssigner",
     "RetinaNetPredictor",
     "OTAAssigner",
+    "FreePoints",
+    "SALT",
+    "SALTOptions",
+    "SelfDistillationTerm",
 ]

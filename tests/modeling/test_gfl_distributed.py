@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GFL: two processes with half the batch each learn what one learns from the whole batch."""
+"""GFL, SALT: two processes with half the batch each learn what one learns from the whole."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,12 @@ OBJECTS: dict[str, tuple[int, ...] | None] = {  # the first half goes to the fir
     "no objects": (0, 0, 0, 0),
     "scores next to nothing": None,
 }
-MODELS = ("gfl_R_50_FPN_1x", "gflv2_R_50_FPN_1x")
+MODELS = (
+    "gfl_R_50_FPN_1x",
+    "gflv2_R_50_FPN_1x",
+    "salt_R_50_FPN_1x",
+    "salt_fcos_R_50_FPN_1x",
+)
 
 Results = tuple[dict[str, Tensor], dict[str, Tensor]]
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import pytest
+import salt_sheet
 import torch
 from detectron2.structures import Instances
 from gfl_loops import assign, cells_of, giou_cost, iou
@@ -85,35 +86,10 @@ def assigned(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_golden_numbers_of_the_fact_sheet(dtype: torch.dtype) -> None:
     """SALT-Net's: four locations of stride 8, four channels, two objects."""
-    n = torch.arange(4, dtype=dtype)
-    scores = 0.05 * (n + 1) + 0.1 * n[:, None]
-    side, index = torch.arange(4, dtype=dtype)[:, None], torch.arange(17, dtype=dtype)
-    logits = (0.3 * index + 0.5 * side + 0.7 * n[:, None, None]).cos()
-    predictor = GFLPredictor(num_classes=4, in_channels=68, num_levels=1).to(dtype)
-    predictor.register_module("bbox_pred", nn.Identity())
-    grid = make_grid([(2, 2)], [8], 0.0, device=torch.device("cpu"), dtype=dtype)
-    maps = [x.flatten(1).T.reshape(1, -1, 2, 2) for x in (scores.logit(), logits)]
-    predictions = predictor([maps[0]], [maps[1]], grid)
-    boxes = torch.zeros(1, 4, 4, dtype=dtype)
-    boxes[0, 0] = torch.tensor([-20.0, -12, 28, 36])
-    boxes[0, 3] = torch.tensor([-10.0, -16, 44, 40])
-    labels = torch.tensor([[1, 4, 4, 0]])
-    assigner = GFLAssigner(num_classes=4, score=class_score)
-    weights, quality, minimum = assigner._weights(predictions, boxes, foreground(labels, 4))
-    assert minimum < 1e-6
-    assert weights.sum().item() == pytest.approx(0.7)
-    targets = DenseTargets(
-        labels=labels,
-        boxes=boxes,
-        cls_weights=torch.ones(1, 4, 1, dtype=dtype),
-        box_weights=weights,
-        quality=quality,
-        cls_normalizer=torch.tensor(2.0, dtype=dtype),
-        box_normalizer=weights.sum(),
-        extras={},
-    )
+    predictions, targets = salt_sheet.scene(dtype)
+    assert targets.box_weights.sum().item() == pytest.approx(0.7)
     losses = [term(predictions, targets).item() for term in TERMS.values()]
-    assert losses == pytest.approx([0.332041, 1.752382, 0.860802], abs=1e-6)
+    assert losses == pytest.approx([salt_sheet.LOSSES[x] for x in ("cls", "bbox", "dfl")], abs=1e-6)
 
 
 # Targets.

@@ -8,6 +8,7 @@ from .fcos import fcos_targets
 from .gfl import gfl_head, gfl_loss
 from .pdnet import pdnet_head, pdnet_infer, pdnet_loss
 from .point_gather import deformable_points, pdnet_collect
+from .salt import salt_head, salt_loss
 
 __all__ = ["ADAPTERS", "Adapter", "Case", "GoldenError", "load_case", "read_json"]
 
@@ -23,4 +24,6 @@ ADAPTERS: dict[str, Adapter] = {
     "pdnet_head": Adapter(pdnet_head),
     "pdnet_infer": Adapter(pdnet_infer),
     "pdnet_loss": Adapter(pdnet_loss),
+    "salt_head": Adapter(salt_head),
+    "salt_loss": Adapter(salt_loss),
 }

@@ -6,10 +6,11 @@ pixels of the original image; its losses are given level by level, too.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -35,11 +36,26 @@ from d2_decouple.structures import DensePredictions, DenseTargets
 from .atss import gt_instances, level_features
 from .case import Case, GoldenError, require
 
-__all__ = ["gfl_head", "gfl_loss"]
+__all__ = [
+    "as_maps",
+    "decoded",
+    "detections",
+    "gfl_head",
+    "gfl_loss",
+    "gfl_terms",
+    "ground_truth",
+    "level_losses",
+    "level_names",
+    "our_parameters",
+    "their_targets",
+]
 
 TOWERS = {"cls_convs": "cls_subnet", "reg_convs": "bbox_subnet"}
 LAYERS = {"conv": 0, "gn": 1}  # of a tower's three: convolution, norm, ReLU
 PREDICTORS = {"gfl_cls": "cls_score", "gfl_reg": "predictor.bbox_pred"}
+SCALES = {"scales": "predictor.scales"}
+
+Terms = Mapping[str, Callable[[DensePredictions, DenseTargets], Tensor]]
 
 
 def gfl_head(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -49,9 +65,8 @@ def gfl_head(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     names = level_names(config)
     features = [case.tensor(f"feature/{name}", dtype) for name in names]
     # Strict, so that a parameter without a counterpart on either side is an error.
-    predictions = functional_call(
-        _head(config), _our_parameters(case.weights(dtype)), features, strict=True
-    )
+    parameters = our_parameters(case.weights(dtype), PREDICTORS, SCALES)
+    predictions = functional_call(_head(config), parameters, features, strict=True)
     distributions = box_distribution(predictions).flatten(2)
     results: dict[str, Tensor] = {}
     for kind, rows in (("z", distributions), ("p_logits", predictions.logits)):
@@ -69,28 +84,17 @@ def gfl_loss(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         for kind in ("p", "z")
         for name in names
     }
-    predictions = _decoded(case, *([leaves[f"{x}/{name}"] for name in names] for x in ("p", "z")))
-    sizes = case.tensor("level_sizes").tolist()
-    images = [
-        gt_instances(
-            case,
-            alone,
-            padded,
-            case.tensor(f"gt_boxes/{image}").reshape(-1, 4),
-            case.tensor(f"gt_labels/{image}"),
-        )
-        for image, (alone, padded) in enumerate(
-            zip(case.tensor("images_hw").tolist(), case.tensor("pad_hw").tolist(), strict=True)
-        )
-    ]
-    assigner = GFLAssigner(num_classes=config["classes"], score=class_score)
+    predictions = decoded(case, *([leaves[f"{x}/{name}"] for name in names] for x in ("p", "z")))
+    sizes, images = case.tensor("level_sizes").tolist(), ground_truth(case)
+    assigner = GFLAssigner(num_classes=config["cls_channels"], score=class_score)
     targets = assigner(level_features(sizes, len(images)), predictions, images)
-    losses = {name: term(predictions, targets) for name, term in _terms(config).items()}
+    terms = gfl_terms(config)
+    losses = {name: term(predictions, targets) for name, term in terms.items()}
     total = torch.stack([*losses.values()]).sum()
     gradients = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
     return {
-        **_their_targets(targets, config["classes"]),
-        **_level_losses(config, predictions, targets),
+        **their_targets(targets, config["classes"]),
+        **level_losses(terms, predictions, targets),
         **losses,
         "total": total,
         **{f"grad/{name}": x for name, x in zip(leaves, gradients, strict=True)},
@@ -111,12 +115,16 @@ def as_maps(rows: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
     ]
 
 
-def detections(case: Case, predictions: DensePredictions) -> dict[str, Tensor]:
+def detections(
+    case: Case,
+    predictions: DensePredictions,
+    score: Callable[[DensePredictions], Tensor] = class_score,
+) -> dict[str, Tensor]:
     """Boxes of all locations, cut to the image, and detections in the original's pixels."""
     config = case.config
     sizes = [(height, width) for height, width in case.tensor("images_hw").tolist()]
     selection = Selection(
-        score=class_score,
+        score=score,
         candidates=BestLocations(
             test_score_thresh=config["score_thr"], test_topk_candidates=config["nms_pre"]
         ),
@@ -142,22 +150,33 @@ def detections(case: Case, predictions: DensePredictions) -> dict[str, Tensor]:
 # Theirs to ours.
 
 
-def _our_parameters(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The head's parameters from those of the reference implementation."""
-    ours, scales = {}, {}
+def our_parameters(
+    theirs: Mapping[str, Tensor], layers: Mapping[str, str], scales: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The head's parameters from those of the reference implementation.
+
+    Args:
+        theirs: by their names; the towers' are the same in every kind.
+        layers: the names of the other layers -> ours.
+        scales: the names of the levels' factors -> ours.
+    """
+    ours: dict[str, Tensor] = {}
+    levels: dict[str, dict[int, Tensor]] = {part: {} for part in scales}
     for name, value in theirs.items():
         part, *rest = name.split(".")
+        layer, kind = name.rsplit(".", 1)
         if part in TOWERS:
-            number, layer, kind = rest
-            ours[f"{TOWERS[part]}.{3 * int(number) + LAYERS[layer]}.{kind}"] = value
-        elif part in PREDICTORS:
-            ours[f"{PREDICTORS[part]}.{rest[0]}"] = value
-        elif part == "scales":
-            scales[int(rest[0])] = value
+            number, of_tower, kind = rest
+            ours[f"{TOWERS[part]}.{3 * int(number) + LAYERS[of_tower]}.{kind}"] = value
+        elif layer in layers:
+            ours[f"{layers[layer]}.{kind}"] = value
+        elif part in scales:
+            levels[part][int(rest[0])] = value
         else:
-            known = sorted([*TOWERS, *PREDICTORS, "scales"])
-            raise GoldenError(f"unknown parameter {name!r}; GFL's head has {known}")
-    ours["predictor.scales"] = torch.stack([scales[level] for level in sorted(scales)])
+            known = sorted([*TOWERS, *layers, *scales])
+            raise GoldenError(f"unknown parameter {name!r}; this head has {known}")
+    for part, values in levels.items():
+        ours[scales[part]] = torch.stack([values[level] for level in sorted(values)])
     return ours
 
 
@@ -184,7 +203,23 @@ def _head(config: Mapping[str, Any]) -> DenseHead:
     )
 
 
-def _decoded(case: Case, class_maps: list[Tensor], box_maps: list[Tensor]) -> DensePredictions:
+def ground_truth(case: Case) -> list[Instances]:
+    """The images of a case's batch."""
+    return [
+        gt_instances(
+            case,
+            alone,
+            padded,
+            case.tensor(f"gt_boxes/{image}").reshape(-1, 4),
+            case.tensor(f"gt_labels/{image}"),
+        )
+        for image, (alone, padded) in enumerate(
+            zip(case.tensor("images_hw").tolist(), case.tensor("pad_hw").tolist(), strict=True)
+        )
+    ]
+
+
+def decoded(case: Case, class_maps: list[Tensor], box_maps: list[Tensor]) -> DensePredictions:
     """What the predictor makes of the outputs of its convolution."""
     config = case.config
     predictor = GFLPredictor(
@@ -204,7 +239,8 @@ def _decoded(case: Case, class_maps: list[Tensor], box_maps: list[Tensor]) -> De
     return predictor.to(box_maps[0].dtype)(class_maps, box_maps, grid)
 
 
-def _terms(config: Mapping[str, Any]) -> dict[str, Any]:
+def gfl_terms(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The three losses that GFL has, by their names in a case."""
     weights = config["loss_weights"]
     return {
         "loss_cls": QualityFocalTerm(beta=config["beta"], weight=weights["cls"]),
@@ -216,10 +252,11 @@ def _terms(config: Mapping[str, Any]) -> dict[str, Any]:
 # Reading what comes out.
 
 
-def _their_targets(targets: DenseTargets, num_classes: int) -> dict[str, Tensor]:
-    """What is ignored is background of weight 0 in a case."""
+def their_targets(targets: DenseTargets, num_classes: int) -> dict[str, Tensor]:
+    """What is ignored is background of weight 0 in a case; a class more does not move that."""
+    named = (targets.labels >= 0) & (targets.labels < num_classes)
     return {
-        "labels": torch.where(targets.labels < 0, num_classes, targets.labels),
+        "labels": torch.where(named, targets.labels, num_classes),
         "label_weights": (targets.labels >= 0).to(targets.boxes.dtype),
         "bbox_targets": targets.boxes,
         "num_pos": targets.cls_normalizer,
@@ -227,8 +264,8 @@ def _their_targets(targets: DenseTargets, num_classes: int) -> dict[str, Tensor]
     }
 
 
-def _level_losses(
-    config: Mapping[str, Any], predictions: DensePredictions, targets: DenseTargets
+def level_losses(
+    terms: Terms, predictions: DensePredictions, targets: DenseTargets
 ) -> dict[str, Tensor]:
     """Each loss of one level alone: as it is, and before the boxes' normaliser divides it."""
     sizes = list(predictions.level_sizes)
@@ -242,7 +279,7 @@ def _level_losses(
         for number in range(len(sizes))
     ]
     results = {"avg_factor/level": torch.stack([x.sum() for x in weights])}
-    for name, term in _terms(config).items():
+    for name, term in terms.items():
         losses = torch.stack([term(predictions, x) for x in alone])
         factor = 1 if name == "loss_cls" else targets.box_normalizer
         results |= {f"{name}/level": losses, f"{name}/raw": losses * factor}

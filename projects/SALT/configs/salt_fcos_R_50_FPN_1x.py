@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SALT on FCOS, ResNet-50-FPN, COCO 1x: 40.9 AP on val2017 in the paper (Table 3)."""
+
+from detectron2.config import LazyCall as L
+
+from d2_decouple.modeling import (
+    SALT,
+    GIoUTerm,
+    SALTOptions,
+    SelfDistillationTerm,
+    coarse_boxes,
+)
+
+from ....configs.baselines.fcos_R_50_FPN_1x import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+
+model.head.aligner = L(SALT)(
+    channels="${...backbone.out_channels}", num_levels=5, options=L(SALTOptions)()
+)
+model.head.update(cls_conv_dims=[256, 256, 256], box_conv_dims=[256, 256, 256])
+model.losses.loss_box_coarse = L(GIoUTerm)(boxes=coarse_boxes)
