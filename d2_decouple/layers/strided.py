@@ -60,11 +60,10 @@ class StridedConv(nn.Sequential):
         """
         conv, *rest = self
         size = (finer.shape[-2], finer.shape[-1])
-        if size != (2 * level.shape[-2], 2 * level.shape[-1]):
-            return self(F.interpolate(level, size, mode="nearest").add_(finer))
-        if not (torch.is_grad_enabled() and level.requires_grad):
+        double = size == (2 * level.shape[-2], 2 * level.shape[-1])
+        if double and not (torch.is_grad_enabled() and level.requires_grad):
             return self(_with_copies(finer, level))
-        if finer.requires_grad or conv.kernel_size != (3, 3):
+        if not double or finer.requires_grad or conv.kernel_size != (3, 3):
             return self(F.interpolate(level, size, mode="nearest").add_(finer))
         total = conv(_with_copies(finer, level.detach()))
         output = _GradientOfLevel.apply(total, level, conv.weight)

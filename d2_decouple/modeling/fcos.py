@@ -20,7 +20,6 @@ from ..layers.points import (
     boxes_to_distances,
     centerness,
     distances_to_boxes,
-    grid_cells,
     squares,
 )
 from ..layers.tower import init_conv
@@ -32,7 +31,13 @@ from ..structures import (
     stack_ground_truth,
 )
 from .head import flatten_maps, map_size
-from .matching import claimed_index, index_in_image, matched_truth, read_levels
+from .matching import (
+    central_cells,
+    claimed_index,
+    index_in_image,
+    matched_truth,
+    read_levels,
+)
 
 __all__ = ["FCOSAssigner", "FCOSPredictor", "unit_weight"]
 
@@ -166,15 +171,13 @@ class FCOSAssigner(nn.Module):
     ) -> Tensor:
         """(N, R) index of each location's box among all G of the batch, G where there is none."""
         levels = read_levels(predictions, sizes)
-        boxes = truth.boxes.to(predictions.locations.dtype)[:, None, None, :]  # (G, 1, 1, 4)
-        middle = (boxes[..., :2] + boxes[..., 2:]) / 2
-        cells = _cells_around((middle[:, :, 0] - levels.origin) / levels.stride, self.radius)
-        locations = levels.origin[:, None] + cells * levels.stride[:, None]  # (G, L, S, 2)
+        boxes = truth.boxes.to(predictions.locations.dtype)
+        cells, locations, near = central_cells(boxes, levels, self.radius)
+        boxes = boxes[:, None, None, :]  # (G, 1, 1, 4)
         distances = boxes_to_distances(locations, boxes)
         reach = distances.amax(-1)
         low, high = self._size_limits(levels.stride)
-        claim = (distances.amin(-1) > 0) & (reach >= low) & (reach <= high)
-        claim &= ((locations - middle).abs() < self.radius * levels.stride[:, None]).all(-1)
+        claim = near & (distances.amin(-1) > 0) & (reach >= low) & (reach <= high)
 
         shape = (num_images, sum(predictions.level_sizes))
         index = claimed_index(cells, claim, levels, truth.image_index, shape)
@@ -194,13 +197,6 @@ class FCOSAssigner(nn.Module):
         low, high = strides * 4, strides * 8
         low[0], high[-1] = 0, math.inf
         return low, high
-
-
-def _cells_around(middle: Tensor, radius: float) -> Tensor:
-    """(G, L, S, 2) cell indices (x, y) that hold all cells within ``radius`` of (G, L, 2)."""
-    count = math.ceil(2 * radius) + 2  # one to spare at either end, against rounding
-    steps = grid_cells((count, count), device=middle.device, dtype=middle.dtype)
-    return (middle - radius).floor()[:, :, None] + steps
 
 
 def _smallest_claim(index: Tensor, boxes: Tensor, total: int) -> Tensor:

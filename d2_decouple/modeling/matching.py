@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What assigners share: the levels they look at, and turning matches into targets."""
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -9,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers.points import grid_cells
 from ..structures import DensePredictions, GroundTruth
 
 __all__ = [
     "BestOverlaps",
+    "CentralCells",
     "Levels",
     "best_overlaps",
+    "central_cells",
     "claimed_index",
     "index_in_batch",
     "index_in_image",
@@ -67,6 +71,32 @@ def read_levels(predictions: DensePredictions, sizes: Sequence[tuple[int, int]])
 def _sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Integers as a tensor on the device, without waiting for it."""
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
+
+
+class CentralCells(NamedTuple):
+    """The cells that can lie in the central region of each of a batch's G boxes.
+
+    Attributes:
+        cells: (G, L, S, 2) whole numbers (x, y), also beyond a level's ends.
+        locations: (G, L, S, 2) their reference points (x, y) in pixels.
+        near: (G, L, S) whether they lie less than the radius from the middle, in x and in y.
+    """
+
+    cells: Tensor
+    locations: Tensor
+    near: Tensor
+
+
+def central_cells(boxes: Tensor, levels: Levels, radius: float) -> CentralCells:
+    """All cells within ``radius`` strides of the middles of (G, 4) xyxy boxes, and a few more."""
+    middle = ((boxes[:, :2] + boxes[:, 2:]) / 2)[:, None, None]  # (G, 1, 1, 2)
+    at = (middle[:, :, 0] - levels.origin) / levels.stride  # (G, L, 2) cells
+    count = math.ceil(2 * radius) + 2  # one to spare at either end, against rounding
+    steps = grid_cells((count, count), device=at.device, dtype=at.dtype)
+    cells = (at - radius).floor()[:, :, None] + steps
+    locations = levels.origin[:, None] + cells * levels.stride[:, None]
+    near = ((locations - middle).abs() < radius * levels.stride[:, None]).all(-1)
+    return CentralCells(cells, locations, near)
 
 
 def claimed_index(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers.boxes import paired_overlaps
 from ..layers.losses import loss_normalizer, sigmoid_focal_loss
-from ..layers.points import boxes_to_distances, grid_cells, valid_locations
+from ..layers.points import boxes_to_distances, valid_locations
 from ..structures import (
     DensePredictions,
     DenseTargets,
@@ -29,7 +29,13 @@ from ..structures import (
 )
 from .atss import best_claim
 from .head import map_size
-from .matching import claimed_index, index_in_image, matched_truth, read_levels
+from .matching import (
+    central_cells,
+    claimed_index,
+    index_in_image,
+    matched_truth,
+    read_levels,
+)
 
 __all__ = ["OTAAssigner", "Transport", "claimed_by_plan", "dynamic_k", "transport_plan"]
 
@@ -242,14 +248,8 @@ class OTAAssigner(nn.Module):
         """(G, S) indices among all N * R predictions, N * R where there is none."""
         levels = read_levels(predictions, sizes)
         boxes = truth.boxes[:, None, None]  # (G, 1, 1, 4)
-        middle = (boxes[..., :2] + boxes[..., 2:]) / 2
-        at = (middle[:, :, 0] - levels.origin) / levels.stride  # (G, L, 2) cells
-        count = math.ceil(2 * self.radius) + 2  # one to spare at either end, against rounding
-        steps = grid_cells((count, count), device=at.device, dtype=at.dtype)
-        cells = (at - self.radius).floor()[:, :, None] + steps
-        locations = levels.origin[:, None] + cells * levels.stride[:, None]  # (G, L, S / L, 2)
-        near = (locations - middle).abs() < self.radius * levels.stride[:, None]
-        claim = near.all(-1) & (boxes_to_distances(locations, boxes).amin(-1) > _MIN_DISTANCE)
+        cells, locations, near = central_cells(truth.boxes, levels, self.radius)
+        claim = near & (boxes_to_distances(locations, boxes).amin(-1) > _MIN_DISTANCE)
         shape = (valid.shape[0], valid.shape[1])
         index = claimed_index(cells, claim, levels, truth.image_index, shape).flatten(1)
         return torch.where(F.pad(valid.flatten(), (0, 1))[index], index, valid.numel())
