@@ -51,6 +51,8 @@ class Row:
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
+_SALT_HOSTS = ("gfl_R_18_FPN_bccd", "gflv2_R_18_FPN_bccd")
+
 ROWS = (
     Row(recipe="retinanet_R_18_FPN_bccd_d2"),
     Row(recipe="fcos_R_18_FPN_bccd_d2"),
@@ -74,6 +76,12 @@ ROWS = (
         for host in ("fcos", "atss", "gfl")
         for half in ("_sce", "_dpe", "")
     ),
+    Row(recipe="gflv2_R_18_FPN_bccd", hosts=("gfl_R_18_FPN_bccd",), seeds=(1,)),
+    Row(recipe="salt_R_18_FPN_bccd_free", hosts=_SALT_HOSTS, seeds=(1,)),
+    Row(recipe="salt_R_18_FPN_bccd_nosdr", hosts=_SALT_HOSTS, seeds=(1,)),
+    Row(recipe="salt_R_18_FPN_bccd", hosts=(*_SALT_HOSTS, "salt_R_18_FPN_bccd_nosdr")),
+    Row(recipe="salt_R_18_FPN_bccd_s1", hosts=("salt_R_18_FPN_bccd",), seeds=(1,)),
+    Row(recipe="salt_R_18_FPN_bccd_dpe", hosts=(*_SALT_HOSTS, "salt_R_18_FPN_bccd"), seeds=(1,)),
     Row(recipe="faster_rcnn_R_18_FPN_bccd_d2"),
     Row(recipe="cascade_rcnn_R_18_FPN_bccd_d2", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),
     Row(recipe="decoupled_rcnn_R_18_FPN_bccd_single", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),
