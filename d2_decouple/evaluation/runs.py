@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ __all__ = [
 # falls on the other side of one of the ten thresholds is 0.05.
 _TOLERANCE = 0.15
 _NOT_THE_EXPERIMENT = ("train.output_dir", "train.device")
+_PACKAGE = __name__.partition(".")[0]
 _GROWING = ("train.", "dataloader.")  # parts that get further options
 
 Packed = dict[str, list[list[float]]]
@@ -64,10 +66,11 @@ def config_changes(kept: str, now: str) -> list[str]:
     """Keys by which two configs differ, so that results of one do not belong to the other.
 
     A key of ``train`` or ``dataloader`` that the kept config does not have yet is no difference:
-    an option that was added later, whose default is what was done before.
+    an option that was added later, whose default is what was done before. Nor is another name of
+    the same class or function: a module and the package that exports it both have one.
     """
     before, after = (_flat(yaml.load(text, Loader=_Plain)) for text in (kept, now))
-    changed = [key for key in before if key not in after or after[key] != before[key]]
+    changed = [key for key in before if key not in after or not _same(before[key], after[key])]
     new = [key for key in after if key not in before]
     return sorted(changed + [key for key in new if not key.startswith(_GROWING)])
 
@@ -85,6 +88,20 @@ def _as_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
 
 
 _Plain.add_multi_constructor("tag:yaml.org,2002:python/", _as_text)
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Whether two values of a config are equal, or two names of one object of this package."""
+    if before == after:
+        return True
+    found = [_ours(value) for value in (before, after)]
+    return found[0] is not None and found[0] is found[1]
+
+
+def _ours(value: Any) -> Any:
+    """The class or function of this package that a value names, or None."""
+    name = str(value).removeprefix("name:")
+    return locate(name) if name.startswith(f"{_PACKAGE}.") else None
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:

@@ -40,6 +40,22 @@ def test_the_hash_is_of_the_experiment_and_not_of_the_machine():
     ("kept", "now", "changed"),
     [
         ("train: {seed: 1}", "train: {seed: 1, ema: {enabled: false}}", []),
+        (
+            "losses: {_target_: d2_decouple.modeling.gfl.QualityFocalTerm}",
+            "losses: {_target_: d2_decouple.modeling.QualityFocalTerm}",
+            [],
+        ),
+        (
+            "losses: {_target_: d2_decouple.modeling.gfl.QualityFocalTerm}",
+            "losses: {_target_: d2_decouple.modeling.FocalTerm}",
+            ["losses._target_"],
+        ),
+        (
+            "score: !!python/name:d2_decouple.modeling.selection.class_score ''",
+            "score: !!python/name:d2_decouple.modeling.class_score ''",
+            [],
+        ),
+        ("name: d2_decouple.nothing.one", "name: d2_decouple.nothing.two", ["name"]),
         ("train: {seed: 1}", "train: {seed: 2}", ["train.seed"]),
         ("train: {seed: 1, old: 3}", "train: {seed: 1}", ["train.old"]),
         ("model: {head: {}}", "model: {head: {aligner: x}}", ["model.head", "model.head.aligner"]),
