@@ -203,10 +203,13 @@ def train(
     folder = (args.work / f"{run.name}_{config_hash(text)}").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     resumed = (folder / "last_checkpoint").is_file()
+    weights = trained_weights(run, text, args)
+    command = test_command(run, folder, weights) if weights else train_command(run, folder)
+    what = "testing" if weights else "going on" if resumed else "training"
     log = folder / "console.txt"
-    print(f"{heading}: {'going on' if resumed else 'training'}, log: {log}", flush=True)
+    print(f"{heading}: {what}, log: {log}", flush=True)
     start = time.monotonic()
-    status = run_training(train_command(run, folder), log, args.threads)
+    status = run_training(command, log, args.threads)
     if status:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise TableError(f"{run.name} ended with status {status}; the end of {log}:\n{last}")
@@ -221,12 +224,38 @@ def train(
         "overrides": run.overrides(),
         "commit": commit_of(ROOT, ("d2_decouple", "configs", "tools")),
         "machine": machine(args.threads),
-        "seconds": None if resumed else round(time.monotonic() - start),
+        "seconds": None if resumed or weights else round(time.monotonic() - start),
         "metrics": summary["metrics"],
         "classes": summary["classes"],
         "config": text,
         "images": images,
     }
+
+
+def trained_weights(run: Run, text: str, args: argparse.Namespace) -> Path | None:
+    """What the training of another row left, for a run that is only tested; None for others."""
+    (name,) = {row.weights for row in ROWS if row.recipe == run.recipe}
+    if not name:
+        return None
+    source = Run(name, run.seed, run.iterations)
+    trained = config_text(source.config())
+    others = [key for key in config_changes(trained, text) if not key.startswith("model.selection")]
+    if others:
+        raise TableError(f"{run.name} tests what {source.name} trained, but differs in {others}")
+    file = args.work / f"{source.name}_{config_hash(trained)}" / "model_final.pth"
+    if not file.is_file():
+        raise TableError(
+            f"{run.name} tests what {source.name} trained, and there is no {file}; delete "
+            f"{result_file(source, args)}, if it is there, and type --only {name},{run.recipe}"
+        )
+    return file.absolute()
+
+
+def test_command(run: Run, folder: Path, weights: Path) -> list[str]:
+    """What tests a run with the weights of another one."""
+    command = [sys.executable, "-m", "d2_decouple.train", "--config-file", run.recipe]
+    command += ["--eval-only", f"train.init_checkpoint='{weights}'"]
+    return [*command, *run.overrides(), f"train.output_dir='{folder}'"]
 
 
 def train_command(run: Run, folder: Path) -> list[str]:

@@ -44,11 +44,14 @@ class Row:
         recipe: its config.
         hosts: recipes of the rows that it is compared with.
         seeds: three for hosts and final models, one for others.
+        weights: the recipe whose trained model it tests, if it is not trained itself; the two
+            differ in ``model.selection`` alone, which a training never asks.
     """
 
     recipe: str
     hosts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3)
+    weights: str = ""
 
 
 _SALT_HOSTS = ("gfl_R_18_FPN_bccd", "gflv2_R_18_FPN_bccd")
@@ -80,7 +83,11 @@ ROWS = (
     Row(recipe="salt_R_18_FPN_bccd_free", hosts=_SALT_HOSTS, seeds=(1,)),
     Row(recipe="salt_R_18_FPN_bccd_nosdr", hosts=_SALT_HOSTS, seeds=(1,)),
     Row(recipe="salt_R_18_FPN_bccd", hosts=(*_SALT_HOSTS, "salt_R_18_FPN_bccd_nosdr")),
-    Row(recipe="salt_R_18_FPN_bccd_s1", hosts=("salt_R_18_FPN_bccd",), seeds=(1,)),
+    Row(
+        recipe="salt_R_18_FPN_bccd_s1",
+        hosts=("salt_R_18_FPN_bccd",),
+        weights="salt_R_18_FPN_bccd",
+    ),
     Row(recipe="salt_R_18_FPN_bccd_dpe", hosts=(*_SALT_HOSTS, "salt_R_18_FPN_bccd"), seeds=(1,)),
     Row(recipe="faster_rcnn_R_18_FPN_bccd_d2"),
     Row(recipe="cascade_rcnn_R_18_FPN_bccd_d2", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),

@@ -352,3 +352,49 @@ def test_a_row_without_a_paired_seed_says_so(call, blood, tmp_path, monkeypatch,
     prepare(tmp_path, blood, Run(RETINA, 2), shift=3.0)
     assert call("--only", OURS, "--seeds", "1") == 0
     assert "no paired seed yet" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tested(monkeypatch, tool):
+    """Rows of which the second one tests what the first one trains."""
+    rows = (
+        Row(recipe="salt_R_18_FPN_bccd", seeds=(2,)),
+        Row(recipe="salt_R_18_FPN_bccd_s1", weights="salt_R_18_FPN_bccd", seeds=(2,)),
+    )
+    for holder in (tool, small_data):
+        monkeypatch.setattr(holder, "ROWS", rows)
+    monkeypatch.setattr(
+        tool, "test_command", lambda run, folder, weights: tool.train_command(run, folder)
+    )
+    return rows
+
+
+def test_a_row_may_test_what_another_one_trained(call, blood, tmp_path, tested, capsys):
+    trained, coarse = (Run(row.recipe, 2) for row in tested)
+    for run in (trained, coarse):
+        prepare(tmp_path, blood, run, shift=3.0)
+    assert call("--only", coarse.recipe) == 1
+    message = capsys.readouterr().err
+    assert f"{coarse.name} tests what {trained.name} trained, and there is no" in message
+    assert f"--only {trained.recipe},{coarse.recipe}" in message
+
+    (tmp_path / "prepared" / trained.name / "model_final.pth").write_text("weights")
+    assert call() == 0
+    assert f"{coarse.name}: testing" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "results" / f"{coarse.name}.json").read_text())
+    assert kept["seconds"] is None
+
+
+def test_a_row_tests_nothing_that_was_trained_otherwise(call, monkeypatch, tool, tested, capsys):
+    rows = (Row(recipe="gfl_R_18_FPN_bccd"), Row(recipe=OURS, weights="gfl_R_18_FPN_bccd"))
+    for holder in (tool, small_data):
+        monkeypatch.setattr(holder, "ROWS", rows)
+    assert call("--only", OURS, "--seeds", "1") == 1
+    assert "differs in ['model.assigner" in capsys.readouterr().err
+
+
+def test_weights_are_tested_and_not_trained(tool, tmp_path):
+    command = tool.test_command(Run(OURS, 2), tmp_path / "out", tmp_path / "model_final.pth")
+    assert "--eval-only" in command
+    assert "--resume" not in command
+    assert f"train.init_checkpoint='{tmp_path / 'model_final.pth'}'" in command
