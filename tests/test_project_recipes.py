@@ -35,7 +35,8 @@ def with_detections(model):
         excite(model.proposal_generator)
         for name, layer in model.roi_heads.named_modules():
             if name.endswith(("cls_score", "bbox_pred")):
-                nn.init.normal_(layer.weight, std=0.3)
+                std = 0.3 if model.pixel_std.amin() > 1 else 0.005  # pixels sixty times as large
+                nn.init.normal_(layer.weight, std=std)
         return
     excite(model)
     for name, parameter in model.head.named_parameters():

@@ -10,18 +10,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .boxes import paired_overlaps
 from .precision import at_least_float32
 
 __all__ = [
     "distribution_focal_loss",
     "generalized_iou_loss",
     "integral",
+    "iou_loss",
+    "linear_iou_loss",
     "loss_normalizer",
     "quality_focal_loss",
     "sigmoid_focal_loss",
 ]
 
 _MIN_AREA = 1e-6  # floor of unions and enclosing areas, in the boxes' unit squared
+_MIN_IOU = 1e-6  # in the logarithm
 _SMOOTH_HULL = 1e-7  # what a smoothed enclosing area has beside its own, in shares of smoothing
 _BELOW_LAST_BIN = 0.1  # how far from the last bin a side's distance is kept, so that it has a next
 
@@ -186,3 +190,21 @@ def loss_normalizer(total: Tensor, minimum: float = 1.0) -> Tensor:
         dist.all_reduce(total)
         processes = dist.get_world_size()
     return total.clamp(min=minimum) / processes
+
+
+def iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """``-ln IoU`` (UnitBox, Yu et al. 2016) of boxes paired one to one.
+
+    Args:
+        boxes: (..., 4) xyxy, any unit. One with x2 < x1 or y2 < y1 overlaps nothing.
+        gt_boxes: (..., 4) xyxy in the same unit.
+
+    Returns:
+        (...) losses from 0 to 13.8: overlaps below 1e-6 count as that, without gradient.
+    """
+    return -paired_overlaps(boxes, gt_boxes).clamp(min=_MIN_IOU).log()
+
+
+def linear_iou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """``1 - IoU``, (...) of (..., 4) xyxy boxes paired one to one; see :func:`iou_loss`."""
+    return 1 - paired_overlaps(boxes, gt_boxes)

@@ -20,6 +20,7 @@ __all__ = [
     "grid_cells",
     "grid_locations",
     "make_grid",
+    "soft_centerness",
     "squares",
     "valid_locations",
 ]
@@ -115,12 +116,27 @@ def centerness(distances: Tensor) -> Tensor:
     The square root of the ratios of the smaller to the larger distance in x and in y. Zero for
     locations outside their box or on its border.
     """
+    return _side_ratios(distances).sqrt()
+
+
+def soft_centerness(distances: Tensor, exponent: float = 1.0) -> Tensor:
+    """Generalised centerness, (...) in [0, 1], of (..., 4) distances (SAPD, section 3.2).
+
+    The ratios of the smaller to the larger distance in x and in y, multiplied, to the power of
+    ``exponent``; with 0.5 it is :func:`centerness`. The paper prints min(top, left), which must
+    be min(top, bottom). Zero for locations outside their box or on its border.
+    """
+    return _side_ratios(distances) ** exponent
+
+
+def _side_ratios(distances: Tensor) -> Tensor:
+    """(...) ratio of left to right times that of top to bottom, the smaller over the larger."""
     x = distances[..., 0::2].clamp(min=0)
     y = distances[..., 1::2].clamp(min=0)
     tiny = torch.finfo(distances.dtype).tiny
     ratio_x = x.amin(-1) / x.amax(-1).clamp(min=tiny)
     ratio_y = y.amin(-1) / y.amax(-1).clamp(min=tiny)
-    return (ratio_x * ratio_y).sqrt()
+    return ratio_x * ratio_y
 
 
 def valid_locations(

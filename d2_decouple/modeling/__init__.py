@@ -14,6 +14,7 @@ from .cascaded_classes import CascadedClassROIHeads
 from .ddod import BoxQualityTerm, DDODAssigner, box_targets
 from .decoupled_rcnn import DecoupledROIHeads
 from .decoupled_rpn import DecoupledProposals, DecoupledRPN
+from .dense_proposals import DenseProposals, ProbabilisticROIHeads
 from .detector import OneStageDetector
 from .dynamic_points import (
     BoundaryPoints,
@@ -23,6 +24,7 @@ from .dynamic_points import (
     SemanticPoints,
 )
 from .fcos import FCOSAssigner, FCOSPredictor, unit_weight
+from .feature_selection import FeatureSelectionNet, LevelSelectionTerm
 from .free_points import FreePoints
 from .gfl import (
     DistributionFocalTerm,
@@ -36,7 +38,15 @@ from .gfl import (
 from .head import ClassPredictor, DenseHead, SharedContext
 from .ota import OTAAssigner
 from .pdnet import PDNetAssigner, PDNetPredictor
-from .pyramid import FPN, PAFPN, FoldedConv2d, LinearP6P7, fold_frozen_norms
+from .pyramid import (
+    BFP,
+    FPN,
+    PAFPN,
+    BalancedFeatures,
+    FoldedConv2d,
+    LinearP6P7,
+    fold_frozen_norms,
+)
 from .regions import RegionSelection
 from .retinanet import DeltaL1Term, RetinaNetAssigner, RetinaNetPredictor
 from .roi_branches import (
@@ -48,6 +58,7 @@ from .roi_branches import (
     SharedBoxBranch,
 )
 from .salt import SALT, SALTOptions, SelfDistillationTerm
+from .sapd import SAPDAssigner, SAPDOptions, SAPDPredictor
 from .selection import (
     BestLocations,
     BestPairs,
@@ -63,7 +74,16 @@ from .selection import (
     predicted_boxes,
     product_score,
 )
-from .terms import FocalTerm, GIoUTerm, QualityTerm, coarse_targets, loss_terms, main_targets
+from .soft_weights import SoftWeights, WeightedQualityTerm
+from .terms import (
+    FocalTerm,
+    GIoUTerm,
+    IoUTerm,
+    QualityTerm,
+    coarse_targets,
+    loss_terms,
+    main_targets,
+)
 from .tscode import TSCODE, RearrangedClassPredictor, TSCODEOptions
 
 __all__ = [
@@ -145,4 +165,16 @@ __all__ = [
     "SALT",
     "SALTOptions",
     "SelfDistillationTerm",
+    "FeatureSelectionNet",
+    "IoUTerm",
+    "LevelSelectionTerm",
+    "SAPDAssigner",
+    "SAPDOptions",
+    "SAPDPredictor",
+    "BFP",
+    "BalancedFeatures",
+    "DenseProposals",
+    "ProbabilisticROIHeads",
+    "SoftWeights",
+    "WeightedQualityTerm",
 ]

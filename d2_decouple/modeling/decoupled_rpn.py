@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoupled R-CNN's region proposals: the same candidates at two densities (section IV-A)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import configurable
@@ -14,9 +14,32 @@ from torchvision.ops import nms
 from ..layers.precision import at_least_float32
 from .selection import clip_to_image
 
-__all__ = ["DecoupledProposals", "DecoupledRPN", "dense_proposals", "suppress_levels"]
+__all__ = [
+    "Candidates",
+    "DecoupledProposals",
+    "DecoupledRPN",
+    "Density",
+    "at_densities",
+    "best_candidates",
+    "check_densities",
+    "dense_proposals",
+    "suppress_levels",
+]
 
 Size = tuple[int, int]
+Candidates = tuple[Tensor, list[Tensor]]  # logits (C,) of an image's, and their boxes by level
+
+
+class Density(NamedTuple):
+    """How far candidates are thinned out.
+
+    Attributes:
+        nms_thresh: overlap with a better one of its level that drops a candidate.
+        limit: the best survivors that are kept, per image.
+    """
+
+    nms_thresh: float
+    limit: int
 
 
 class DecoupledProposals(list[Instances]):
@@ -51,17 +74,7 @@ class DecoupledRPN(RPN):
                 of the class branch, and of evaluation.
         """
         super().__init__(**rpn)
-        for name, value in (("nms_thresh", self.nms_thresh), ("nms_thresh_reg", nms_thresh_reg)):
-            if not 0 < value <= 1:
-                raise ValueError(
-                    f"proposal_generator.{name} is {value}; wanted is an overlap above 0, at most "
-                    "1, such as 0.7 for classes and 0.85 for boxes"
-                )
-        if post_nms_topk_reg < 1:
-            raise ValueError(
-                f"proposal_generator.post_nms_topk_reg is {post_nms_topk_reg}; wanted is how many "
-                "proposals are kept, from 1, such as 1000"
-            )
+        check_densities(self.nms_thresh, nms_thresh_reg, post_nms_topk_reg)
         self.nms_thresh_reg, self.post_nms_topk_reg = nms_thresh_reg, post_nms_topk_reg
 
     @classmethod
@@ -90,14 +103,11 @@ class DecoupledRPN(RPN):
         found = self.candidates(
             [x.tensor for x in anchors], pred_objectness_logits, pred_anchor_deltas, image_sizes
         )
-        first = self._instances(
-            found, image_sizes, self.nms_thresh, self.post_nms_topk[self.training]
-        )
-        if not self.training:
-            return first
-        return DecoupledProposals(
-            first,
-            self._instances(found, image_sizes, self.nms_thresh_reg, self.post_nms_topk_reg),
+        return at_densities(
+            found,
+            image_sizes,
+            Density(self.nms_thresh, self.post_nms_topk[self.training]),
+            Density(self.nms_thresh_reg, self.post_nms_topk_reg) if self.training else None,
         )
 
     def candidates(
@@ -106,7 +116,7 @@ class DecoupledRPN(RPN):
         logits: Sequence[Tensor],
         deltas: Sequence[Tensor],
         image_sizes: Sequence[Size],
-    ) -> list[tuple[Tensor, list[Tensor]]]:
+    ) -> list[Candidates]:
         """For each image the logits (C,) of its candidates, and their boxes level by level.
 
         A level's candidates are its best ``pre_nms_topk``, best first: boxes (C_l, 4) in pixels,
@@ -115,47 +125,101 @@ class DecoupledRPN(RPN):
         Raises:
             FloatingPointError: in training, if there is NaN or infinity among them.
         """
-        limit = self.pre_nms_topk[self.training]
-        images: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in image_sizes]
-        for level, (boxes, scores, changes) in enumerate(zip(anchors, logits, deltas, strict=True)):
-            scores, index = at_least_float32(scores).topk(min(limit, scores.shape[1]), dim=1)
-            for image, (size, kept) in enumerate(zip(image_sizes, index, strict=True)):
-                change = at_least_float32(changes[image, kept])
-                decoded = self.box2box_transform.apply_deltas(change, boxes[kept])
-                found = self._usable(scores[image], decoded, size, level)
-                for part, value in zip(images[image], found, strict=True):
-                    part.append(value)
-        return [(torch.cat(scores), boxes) for scores, boxes in images]
 
-    def _usable(
-        self, scores: Tensor, boxes: Tensor, size: Size, level: int
-    ) -> tuple[Tensor, Tensor]:
-        finite = boxes.isfinite().all(-1) & scores.isfinite()
-        if not bool(finite.all()):
-            if self.training:
-                raise FloatingPointError(
-                    f"the RPN predicts NaN or infinity for {int((~finite).sum())} proposals of "
-                    f"level {level}: the training has diverged; lower the learning rate, or type "
-                    "train.max_grad_norm=10"
-                )
-            scores, boxes = scores[finite], boxes[finite]
-        boxes = clip_to_image(boxes, size)
-        large = (boxes[:, 2:] - boxes[:, :2] > self.min_box_size).all(-1)
-        return scores[large], boxes[large]
+        def decode(level: int, image: int, kept: Tensor) -> Tensor:
+            change = at_least_float32(deltas[level][image, kept])
+            return self.box2box_transform.apply_deltas(change, anchors[level][kept])
 
-    def _instances(
-        self,
-        found: Sequence[tuple[Tensor, Sequence[Tensor]]],
-        sizes: Sequence[Size],
-        threshold: float,
-        limit: int,
-    ) -> list[Instances]:
+        return best_candidates(
+            logits,
+            decode,
+            image_sizes,
+            limit=self.pre_nms_topk[self.training],
+            min_box_size=self.min_box_size,
+            blamed="RPN" if self.training else None,
+        )
+
+
+def check_densities(nms_thresh: float, nms_thresh_reg: float, post_nms_topk_reg: int) -> None:
+    """Raise ValueError unless a generator's two densities can be meant."""
+    for name, value in (("nms_thresh", nms_thresh), ("nms_thresh_reg", nms_thresh_reg)):
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"proposal_generator.{name} is {value}; wanted is an overlap above 0, at most "
+                "1, such as 0.7 for classes and 0.85 for boxes"
+            )
+    if post_nms_topk_reg < 1:
+        raise ValueError(
+            f"proposal_generator.post_nms_topk_reg is {post_nms_topk_reg}; wanted is how many "
+            "proposals are kept, from 1, such as 1000"
+        )
+
+
+def best_candidates(
+    logits: Sequence[Tensor],
+    decode: Callable[[int, int, Tensor], Tensor],
+    image_sizes: Sequence[Size],
+    *,
+    limit: int,
+    min_box_size: float,
+    blamed: str | None,
+) -> list[Candidates]:
+    """Each image's best of each level, best first, cut to the image, those too small left out.
+
+    Args:
+        logits: (N, A) of each level.
+        decode: ``(level, image, rows)`` -> (D, 4) boxes of these rows of A, xyxy pixels.
+        image_sizes: (H, W) of each image, without padding.
+        limit: candidates of a level.
+        min_box_size: pixels that both sides of a box must exceed.
+        blamed: who predicts them, for the error; None leaves out what is no number.
+
+    Raises:
+        FloatingPointError: there is NaN or infinity among them, and somebody to blame.
+    """
+    images: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in image_sizes]
+    for level, scores in enumerate(logits):
+        scores, index = at_least_float32(scores).topk(min(limit, scores.shape[1]), dim=1)
+        for image, (size, kept) in enumerate(zip(image_sizes, index, strict=True)):
+            value, boxes = scores[image], decode(level, image, kept)
+            finite = boxes.isfinite().all(-1) & value.isfinite()
+            if not bool(finite.all()):
+                if blamed is not None:
+                    raise FloatingPointError(
+                        f"the {blamed} predicts NaN or infinity for {int((~finite).sum())} "
+                        f"proposals of level {level}: the training has diverged; lower the "
+                        "learning rate, or type train.max_grad_norm=10"
+                    )
+                value, boxes = value[finite], boxes[finite]
+            boxes = clip_to_image(boxes, size)
+            large = (boxes[:, 2:] - boxes[:, :2] > min_box_size).all(-1)
+            for part, found in zip(images[image], (value[large], boxes[large]), strict=True):
+                part.append(found)
+    return [(torch.cat(scores), boxes) for scores, boxes in images]
+
+
+def at_densities(
+    found: Sequence[Candidates],
+    image_sizes: Sequence[Size],
+    of_classes: Density,
+    of_boxes: Density | None,
+) -> list[Instances]:
+    """Proposals of each image, best first, with ``proposal_boxes`` and ``objectness_logits``.
+
+    With a second density they are :class:`DecoupledProposals`: the same candidates, suppressed
+    twice (section IV-A).
+    """
+
+    def suppressed(density: Density) -> list[Instances]:
         results = []
-        for (scores, levels), size in zip(found, sizes, strict=True):
-            kept = suppress_levels(scores, levels, threshold)[:limit]
+        for (scores, levels), size in zip(found, image_sizes, strict=True):
+            kept = suppress_levels(scores, levels, density.nms_thresh)[: density.limit]
             boxes = Boxes(torch.cat(list(levels))[kept])
             results.append(Instances(size, proposal_boxes=boxes, objectness_logits=scores[kept]))
         return results
+
+    first = suppressed(of_classes)
+    return first if of_boxes is None else DecoupledProposals(first, suppressed(of_boxes))
 
 
 def suppress_levels(scores: Tensor, levels: Sequence[Tensor], threshold: float) -> Tensor:
@@ -186,6 +250,7 @@ def dense_proposals(proposals: Sequence[Instances]) -> list[Instances]:
             f"training wants proposals at two densities, DecoupledProposals of a DecoupledRPN, got "
             f"a {type(proposals).__name__} of {len(proposals)}: precomputed proposals have one "
             "density (they can be used for evaluation), and a slice or a copy of "
-            "DecoupledProposals loses its `reg`; use model.proposal_generator=DecoupledRPN"
+            "DecoupledProposals loses its `reg`; use model.proposal_generator=DecoupledRPN, or "
+            "DenseProposals"
         )
     return dense

@@ -7,14 +7,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone import FPN as _FPN
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-__all__ = ["FPN", "PAFPN", "FoldedConv2d", "LinearP6P7", "fold_frozen_norms"]
+__all__ = [
+    "BFP",
+    "FPN",
+    "PAFPN",
+    "BalancedFeatures",
+    "FoldedConv2d",
+    "LinearP6P7",
+    "fold_frozen_norms",
+]
 
 
 class FPN(_FPN):
@@ -87,8 +95,29 @@ class FPN(_FPN):
 class LinearP6P7(LastLevelP6P7):
     """Detectron2's P6 and P7 without the ReLU between them; same parameter names.
 
-    The hosts ATSS and GFL have them so.
+    The hosts ATSS and GFL have them so. With a norm, as SALT-Net's largest recipes have it, it
+    stands behind each convolution, which then has no bias; there is no activation there either.
     """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        in_feature: str = "res5",
+        norm: str | Callable[[int], nn.Module] = "",
+    ) -> None:
+        super().__init__(in_channels, out_channels, in_feature)
+        if norm:
+            for name, channels in (("p6", in_channels), ("p7", out_channels)):
+                conv = Conv2d(
+                    *(channels, out_channels, 3),
+                    stride=2,
+                    padding=1,
+                    bias=False,
+                    norm=get_norm(norm, out_channels),
+                )
+                weight_init.c2_xavier_fill(conv)
+                setattr(self, name, conv)
 
     def forward(self, c5: Tensor) -> list[Tensor]:
         """(N, C, H, W) of P5 or C5 -> maps of half and a quarter of its size."""
@@ -169,6 +198,116 @@ class PAFPN(FPN):
             path = level + down(path)
             outputs.append(output(path))
         return outputs
+
+
+class BFP(FPN):
+    """FPN whose levels are balanced at the end (Libra R-CNN, Pang et al., CVPR 2019, Sec. 3.2).
+
+    SAPD uses it (Sec. 4.1). The levels of the top block are balanced with the others, and maps
+    passed on are not. Names are the plain pyramid's and ``balance.*``.
+    """
+
+    def __init__(
+        self,
+        bottom_up: Backbone,
+        *,
+        refine_level: str = "p4",
+        balanced: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            bottom_up: backbone whose maps are merged.
+            refine_level: level whose size the mean of all levels has while it is refined.
+            balanced: levels that take part; None means every level of the pyramid.
+            options: the other arguments of :class:`FPN`.
+        """
+        super().__init__(bottom_up, **options)
+        pyramid = [str(name) for name in self._out_features]  # finest first
+        balanced = pyramid if balanced is None else [str(name) for name in balanced]
+        unknown = [name for name in balanced if name not in pyramid]
+        if unknown or not balanced:
+            raise ValueError(
+                f"balanced is {balanced}, but the pyramid has {pyramid}; name some of these in "
+                "backbone.balanced, or leave it out to balance all"
+            )
+        self._balanced = tuple(name for name in pyramid if name in balanced)
+        if refine_level not in self._balanced:
+            raise ValueError(
+                f"the levels cannot be refined at {refine_level!r}: balanced are "
+                f"{list(self._balanced)}; set backbone.refine_level to one of these"
+            )
+        self.balance = BalancedFeatures(
+            channels=options["out_channels"], refine_level=self._balanced.index(refine_level)
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> maps by name, as :class:`FPN`."""
+        maps = super().forward(x)
+        balanced = self.balance([maps[name] for name in self._balanced])
+        return {**maps, **dict(zip(self._balanced, balanced, strict=True))}
+
+
+class BalancedFeatures(nn.Module):
+    """Add to each level of a pyramid what all levels together say.
+
+    The levels are brought to the size of one of them and averaged; every cell of the mean then
+    looks at all others (non-local block, Wang et al., CVPR 2018, embedded Gaussian: similarities
+    are plain dot products, without a division by the root of C); the result goes back to each
+    level's size. To a smaller size it is by the maximum of adaptive windows, else by the nearest.
+
+    Convolutions begin as Xavier's, the last one too, so a new block is not the identity; and
+    even a last convolution of zeros would leave the mean.
+    """
+
+    def __init__(self, *, channels: int, refine_level: int) -> None:
+        """
+        Args:
+            channels: C of every level.
+            refine_level: index of the level whose size the mean has.
+        """
+        super().__init__()
+        self.channels = channels
+        self.refine_level = refine_level
+        self.theta = nn.Conv2d(channels, channels, 1)
+        self.phi = nn.Conv2d(channels, channels, 1)
+        self.g = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        for conv in (self.theta, self.phi, self.g, self.out):
+            weight_init.c2_xavier_fill(conv)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (N, C, H_l, W_l), finest first -> new ones of the same sizes.
+
+        Raises:
+            ValueError: maps of other channels, or too few of them to have the refined one.
+        """
+        channels = [x.shape[1] for x in maps]
+        if len(maps) <= self.refine_level or set(channels) != {self.channels}:
+            raise ValueError(
+                f"maps of {channels} channels were given; wanted are more than {self.refine_level} "
+                f"of them (refine_level) with {self.channels} each (backbone.out_channels)"
+            )
+        finer, coarser = maps[: self.refine_level], maps[self.refine_level :]
+        size = coarser[0].shape[-2:]
+        gathered = [
+            *(F.adaptive_max_pool2d(x, size) for x in finer),
+            *(F.interpolate(x, size=size) for x in coarser),
+        ]
+        refined = self.refine(torch.stack(gathered).mean(0))
+        return [
+            *(x + F.interpolate(refined, size=x.shape[-2:]) for x in finer),
+            *(x + F.adaptive_max_pool2d(refined, x.shape[-2:]) for x in coarser),
+        ]
+
+    def refine(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same: ``x + out(softmax(theta(x)' phi(x)) g(x))`` over all cells."""
+        query, key, value = (
+            conv(x).flatten(2).transpose(1, 2)[:, None]  # (N, 1, HW, C): one head
+            for conv in (self.theta, self.phi, self.g)
+        )
+        read = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return x + self.out(read[:, 0].transpose(1, 2).reshape(x.shape))
 
 
 class FoldedConv2d(Conv2d):

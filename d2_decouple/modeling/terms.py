@@ -11,13 +11,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.losses import generalized_iou_loss, sigmoid_focal_loss
+from ..layers.losses import generalized_iou_loss, iou_loss, sigmoid_focal_loss
 from ..structures import DensePredictions, DenseTargets, foreground
 from .selection import predicted_boxes
 
 __all__ = [
     "FocalTerm",
     "GIoUTerm",
+    "IoUTerm",
     "QualityTerm",
     "coarse_targets",
     "loss_terms",
@@ -84,18 +85,51 @@ class GIoUTerm:
     smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("boxes", "targets"):
-            if not callable(getattr(self, name)):
-                raise TypeError(
-                    f"GIoUTerm.{name} must be callable, got {getattr(self, name)!r}; a callable "
-                    "cannot be set on the command line: set it in a config file"
-                )
+        _check_callable(self, "boxes", "targets")
 
     def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
         """The scalar that is added to the loss."""
         chosen = self.targets(targets)
         losses = generalized_iou_loss(self.boxes(predictions), chosen.boxes, self.smoothing)
         return self.weight * (losses * chosen.box_weights).sum() / chosen.box_normalizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class IoUTerm:
+    """Weighted loss of the overlap of boxes, ``-ln IoU`` if nothing else is said.
+
+    The weighted sum is divided by ``box_normalizer``.
+
+    Attributes:
+        weight: factor on the whole term.
+        loss: ``(boxes, gt_boxes) -> losses`` of (..., 4) xyxy boxes paired one to one, such as
+            :func:`~d2_decouple.layers.losses.iou_loss`.
+        boxes: which predicted boxes (N, R, 4) are meant.
+        targets: which label set they learn.
+    """
+
+    weight: float = 1.0
+    loss: Callable[[Tensor, Tensor], Tensor] = iou_loss
+    boxes: Callable[[DensePredictions], Tensor] = predicted_boxes
+    targets: Callable[[DenseTargets], DenseTargets] = main_targets
+
+    def __post_init__(self) -> None:
+        _check_callable(self, "loss", "boxes", "targets")
+
+    def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
+        """The scalar that is added to the loss."""
+        chosen = self.targets(targets)
+        losses = self.loss(self.boxes(predictions), chosen.boxes)
+        return self.weight * (losses * chosen.box_weights).sum() / chosen.box_normalizer
+
+
+def _check_callable(term: Any, *names: str) -> None:
+    for name in names:
+        if not callable(getattr(term, name)):
+            raise TypeError(
+                f"{type(term).__name__}.{name} must be callable, got {getattr(term, name)!r}; a "
+                "callable cannot be set on the command line: set it in a config file"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

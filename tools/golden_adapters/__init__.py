@@ -2,6 +2,7 @@
 """How each kind of golden case is compared; ``verify_golden.py`` beside this folder says more."""
 
 from .atss import atss_assign
+from .bfp import bfp
 from .case import Adapter, Case, GoldenError, load_case, read_json
 from .decoupled_rcnn import decoupled_proposals, decoupled_rcnn_head
 from .fcos import fcos_targets
@@ -14,6 +15,7 @@ __all__ = ["ADAPTERS", "Adapter", "Case", "GoldenError", "load_case", "read_json
 
 ADAPTERS: dict[str, Adapter] = {
     "atss_assign": Adapter(atss_assign),
+    "bfp": Adapter(bfp),
     "decoupled_proposals": Adapter(decoupled_proposals),
     "decoupled_rcnn_head": Adapter(decoupled_rcnn_head),
     "deformable_points": Adapter(deformable_points),

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAPD, ResNet-101-DCN-FPN, COCO 2x: 46.0 AP on test-dev in the paper (Table 6).
+
+Res3 to res5 deform, without learned factors: the paper cites the first version of DCN.
+"""
+
+from d2_decouple.layers.deform import deform_from_res3
+
+from .sapd_R_101_FPN_2x_ms import dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.bottom_up.stages.block_class = deform_from_res3
