@@ -19,7 +19,17 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from .data.images import ImageError, read_rgb
+from .data.loader import DataError
 from .data.videos import VideoError, VideoReader, VideoWriter
+from .demo_assignment import (
+    Supervised,
+    Supervision,
+    add_options,
+    build_predictor,
+    check_options,
+    draw_supervised,
+    open_supervision,
+)
 from .demo_files import (
     DETECTIONS,
     LOOKS,
@@ -40,7 +50,6 @@ __all__ = ["main"]
 
 _SIDES = (640, 2000)  # pixels: the longer side of a drawn picture; lines and text keep their size
 _QUALITY = 92
-_NUMBER: dict[str, Any] = {"nargs": "?", "const": 4, "metavar": "N"}  # of detections
 _EPILOG = f"""
 examples:
   python -m d2_decouple.demo --config-file fcos_R_18_FPN_bccd --weights output/model_final.pth \\
@@ -55,6 +64,8 @@ examples:
       --input photo.jpg --output detections --show-stages 4
   python -m d2_decouple.demo --config-file fcos_R_50_FPN_1x --weights FILE \\
       --input photo.jpg --output detections --show-context 2 --json
+  python -m d2_decouple.demo --config-file fcos_R_50_FPN_1x --input photo.jpg --output detections \\
+      --show-assignment --annotations objects.json --compare atss_R_50_FPN_1x gfl_R_50_FPN_1x:FILE
 
 Of a folder the images and videos that lie directly in it are taken; name others by a pattern, as
 in "FOLDER/**/*.jpg". The output folder gets NAME.jpg for an image (its longer side {_SIDES[0]} to
@@ -67,7 +78,12 @@ R-CNN, NAME_stages.jpg shows the proposals at both densities, and the box of the
 detections after every stage with its IoU with the last one. With --show-context, for images and
 any one-stage detector of this package, NAME_context.jpg shows which pixels the class, and which the
 box, of the strongest detections depend on: five backward passes for each of them, minutes for
-large images without a GPU. With --json all of these are in {DETECTIONS}, too.
+large images without a GPU. With --show-assignment, for images and any one-stage detector of this
+package, NAME_assignment.jpg shows which cells of which level would learn each annotated object, and
+how strongly: a row for each model, those of --compare below the first. Objects are sought under the
+image's name in --annotations, or else in an .xml file beside the image or in Annotations beside its
+folder. Without --weights a model has random ones, which is enough where objects are assigned by
+rules of geometry alone (FCOS, ATSS, RetinaNet). With --json all of these are in {DETECTIONS}, too.
 Files that cannot be read are reported and skipped, and make the exit status 1.
 """
 
@@ -75,10 +91,11 @@ _DRAW: dict[str, Callable[..., np.ndarray]] = {
     "points": draw_points,
     "stages": draw_stages,
     "context": draw_context,
+    "assignment": draw_supervised,
 }
 
 _Item = TypeVar("_Item")
-_Seen: TypeAlias = DetectionPoints | DetectionStages | DetectionContext
+_Seen: TypeAlias = DetectionPoints | DetectionStages | DetectionContext | Supervised
 
 
 @dataclass(kw_only=True)
@@ -90,6 +107,7 @@ class _Run:
     look: str  # one of LOOKS, or nothing
     limit: int  # of detections that it shows
     total: int
+    supervision: Supervision | None  # of --show-assignment
     images: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, str]] = field(default_factory=list)
     levels: dict[str, int] = field(default_factory=dict)  # name -> stride, once a look has them
@@ -111,7 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 if nothing could be done, or some file could not be read.
     """
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if fault := check_options(args):
+        parser.error(fault)
     try:
         return _demo(args)
     except (*EXPECTED_ERRORS, OSError) as error:
@@ -128,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config-file", required=True, metavar="NAME", help="a recipe's name, or a config file")
-    add("--weights", required=True, metavar="FILE", help="the checkpoint of a training")
+    add("--weights", metavar="FILE", help="the checkpoint of a training")
     add("--input", required=True, nargs="+", help="images, videos, folders or patterns")
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add("--score-thresh", type=_share, default=0.3, help="show detections above it (%(default)s)")
@@ -136,7 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     looks = parser.add_mutually_exclusive_group()
     for name, about in LOOKS.items():
         about = about.format("the N strongest detections (4)")
-        looks.add_argument(f"--show-{name}", type=_positive, help=about, **_NUMBER)
+        number = {"action": "store_true"} if name == "assignment" else _NUMBER
+        looks.add_argument(f"--show-{name}", help=about, **number)
+    add_options(parser)
     add("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add("--precision", default="float32", help="float32, bfloat16, or on a GPU float16")
     add("--batch-size", type=_positive, default=1, help="images computed together (%(default)s)")
@@ -152,6 +175,9 @@ def _positive(text: str) -> int:
         hint = "; before key=value give this option its number, too" if "=" in text else ""
         raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text}{hint}")
     return int(text)
+
+
+_NUMBER = {"type": _positive, "nargs": "?", "const": 4, "metavar": "N"}  # of detections
 
 
 def _share(text: str) -> float:
@@ -172,23 +198,31 @@ def _demo(args: argparse.Namespace) -> int:
     if look:
         check_for_look(look, sources, tta=args.tta)
     targets = result_files(sources, output, with_json=args.json, look=look)
-    predictor = Predictor.from_config(
-        args.config_file,
-        args.weights,
-        args.overrides,
-        score_thresh=args.score_thresh,
-        channels="RGB",
-        device=args.device,
-        precision=args.precision,
-        batch_size=args.batch_size,
-        tta=args.tta,
+    options = {
+        "score_thresh": args.score_thresh,
+        "channels": "RGB",
+        "device": args.device,
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+    }
+    predictor = build_predictor(
+        args.config_file, args.weights, args.overrides, tta=args.tta, **options
     )
+    supervision = open_supervision(predictor, args, options) if look == "assignment" else None
     output.mkdir(parents=True, exist_ok=True)
     print(
-        f"{args.config_file} with {args.weights}: {len(predictor.classes)} classes, "
-        f"{predictor.precision} on {predictor.device}, score above {args.score_thresh:g}"
+        f"{args.config_file} with {args.weights or 'random weights'}: "
+        f"{len(predictor.classes)} classes, {predictor.precision} on {predictor.device}, "
+        f"score above {args.score_thresh:g}"
     )
-    run = _Run(predictor=predictor, args=args, look=look, limit=limit, total=len(sources))
+    run = _Run(
+        predictor=predictor,
+        args=args,
+        look=look,
+        limit=limit,
+        total=len(sources),
+        supervision=supervision,
+    )
     start = time.perf_counter()
     try:
         _images([pair for pair in targets if not is_video(pair[0])], run)
@@ -208,18 +242,20 @@ def _demo(args: argparse.Namespace) -> int:
 def _images(pairs: Sequence[tuple[Path, Path]], run: _Run) -> None:
     for batch in _batches(iter(pairs), run.args.batch_size):
         start = time.perf_counter()
-        read = []
+        read, seen = [], []
         for source, target in batch:
             try:
-                read.append((source, target, read_rgb(source)))
-            except ImageError as error:
+                image = read_rgb(source)
+                if run.look:
+                    seen.append(_seen(source, image, run))
+            except (ImageError, DataError) as error:
                 run.report(source, error)
-        images = [image for *_, image in read]
+            else:
+                read.append((source, target, image))
         if run.look:  # the detections are the same
-            seen = [_seen(image, run) for image in images]
             results = [x.instances for x in seen]
         else:
-            seen, results = [], run.predictor(images)
+            results = run.predictor([image for *_, image in read])
         milliseconds = 1000 * (time.perf_counter() - start) / len(batch)
         for index, ((source, target, image), found) in enumerate(zip(read, results, strict=True)):
             low, high = _SIDES
@@ -242,8 +278,10 @@ def _images(pairs: Sequence[tuple[Path, Path]], run: _Run) -> None:
             run.say(source, f"{summary}, {milliseconds:.0f} ms -> {picture}")
 
 
-def _seen(image: np.ndarray, run: _Run) -> _Seen:
+def _seen(source: Path, image: np.ndarray, run: _Run) -> _Seen:
     """The detections of an image, and how they were found."""
+    if run.supervision is not None:
+        return run.supervision.seen(image, run.supervision.objects(source, image))
     if run.look == "context":  # costs time for each detection
         return run.predictor.context(image, limit=run.limit)
     return getattr(run.predictor, run.look)(image)
@@ -257,6 +295,8 @@ def _add_look(
     if isinstance(seen, DetectionStages):
         record["proposals"] = seen.proposals_record()
     else:
+        if isinstance(seen, Supervised):
+            record["assignment"] = seen.assignment_record(run.predictor.classes)
         run.levels = dict(zip(seen.level_names, seen.strides, strict=True))
     picture = suffixed(target, f"_{run.look}.jpg")
     Image.fromarray(drawn).save(picture, quality=_QUALITY, subsampling=0)  # thin coloured lines

@@ -23,6 +23,7 @@ LOOKS = {  # how detections were found -> what --show-NAME draws, of so many det
     "points": "draw where {} of each image were read, too",
     "stages": "draw the proposals, and the stages of {}, too",
     "context": "draw where the evidence for the class and for the box of {} lies, too",
+    "assignment": "draw which cells of which level learn each annotated object, too",
 }
 _IMAGES = {*(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")}
 _VIDEOS = {*(".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")}

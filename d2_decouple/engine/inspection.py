@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from detectron2.structures import Instances
 
-from ..visualization import draw_context, draw_points, draw_stages
+from ..visualization import draw_assignment, draw_context, draw_points, draw_stages
+from .assignment import Assignment, assignment_of, check_assignment
 from .context import DetectionContext, check_context, context_of
-from .looks import check_limit
+from .looks import check_limit, kept_outputs
 from .points import DetectionPoints, kept_predictions, points_of
 from .stages import DetectionStages, kept_proposals, stages_of
 
@@ -169,3 +170,49 @@ class Inspection(ABC):
         """
         seen = self.stages(image, gt_boxes=gt_boxes)
         return draw_stages(self._rgb(image), seen, self.classes, limit=limit)
+
+    def assignment(self, image: ImageLike, truth: Instances) -> Assignment:
+        """Detect objects, and say which cells of which level would learn each annotated object.
+
+        ::
+
+            truth = d2_decouple.data.ground_truth(record)  # of a dataset dict
+            (labels,) = predictor.assignment("photo.jpg", truth).sets
+            labels.cells, labels.levels, labels.gt_index, labels.cls_weights  # of C cells
+
+        The assigner is asked as at the end of a training, and the model is not changed.
+
+        Args:
+            image: one image, as for a call of the predictor.
+            truth: its objects: ``gt_boxes``, xyxy in pixels of the image, and ``gt_classes``.
+
+        Returns:
+            :class:`~d2_decouple.engine.assignment.Assignment`: the cells, their weights, and the
+            detections that a call of the predictor finds, all of one forward.
+
+        Raises:
+            ConfigError: the model is no one-stage detector, sees the image several times
+                (test-time augmentation), or does not know the objects' classes.
+            ImageError: the image cannot be used; the message names it.
+        """
+        model = check_assignment(self.model)
+        item = self._input(image)
+        with kept_outputs(model.backbone, model.head) as (maps, predictions):
+            found = self._detect([item])[0]
+        features = [maps[0][name] for name in model.head_in_features]
+        seen = (item["image"].shape[-2], item["image"].shape[-1])
+        return assignment_of(model, features, predictions[0], found, truth, seen)
+
+    def draw_assignment(self, image: ImageLike, truth: Instances) -> np.ndarray:
+        """The picture of :meth:`assignment`: (H, W, 3) RGB, uint8, a panel for each level.
+
+        Args:
+            image: one image, as for a call of the predictor.
+            truth: as for :meth:`assignment`.
+
+        Raises:
+            ConfigError: as :meth:`assignment` says.
+            ImageError: the image cannot be used; the message names it.
+        """
+        seen = self.assignment(image, truth)
+        return draw_assignment(self._rgb(image), [("", seen)], self.classes)

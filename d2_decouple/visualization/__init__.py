@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures: the course of a training, and detections beside the ground truth."""
 
+from d2_decouple.visualization.assignment import draw_assignment
 from d2_decouple.visualization.context import draw_context
 from d2_decouple.visualization.curves import plot_curves, read_metrics
 from d2_decouple.visualization.detections import class_colors, compare, draw_boxes
@@ -11,6 +12,7 @@ from d2_decouple.visualization.stages import draw_stages
 __all__ = [
     "class_colors",
     "compare",
+    "draw_assignment",
     "draw_boxes",
     "draw_context",
     "draw_points",
