@@ -89,6 +89,37 @@ ROWS = (
         weights="salt_R_18_FPN_bccd",
     ),
     Row(recipe="salt_R_18_FPN_bccd_dpe", hosts=(*_SALT_HOSTS, "salt_R_18_FPN_bccd"), seeds=(1,)),
+    Row(
+        recipe="sapd_R_18_FPN_bccd_baseline",
+        hosts=("retinanet_R_18_FPN_bccd_d2", "fcos_R_18_FPN_bccd"),
+    ),
+    Row(recipe="sapd_R_18_FPN_bccd_sw", hosts=("sapd_R_18_FPN_bccd_baseline",), seeds=(1,)),
+    Row(
+        recipe="sapd_R_18_FPN_bccd_nobfp",
+        hosts=("sapd_R_18_FPN_bccd_baseline", "sapd_R_18_FPN_bccd_sw"),
+        seeds=(1,),
+    ),
+    Row(
+        recipe="sapd_R_18_FPN_bccd",
+        hosts=("sapd_R_18_FPN_bccd_baseline", "sapd_R_18_FPN_bccd_nobfp"),
+    ),
+    Row(recipe="sapd_fcos_R_18_FPN_bccd", hosts=("fcos_R_18_FPN_bccd",), seeds=(1,)),
+    Row(recipe="sapd_atss_R_18_FPN_bccd", hosts=("atss_R_18_FPN_bccd",), seeds=(1,)),
+    Row(
+        recipe="composed_dpe_pdnet_R_18_FPN_bccd",
+        hosts=("pdnet_R_18_FPN_bccd", "tscode_fcos_R_18_FPN_bccd_dpe"),
+        seeds=(1,),
+    ),
+    Row(
+        recipe="composed_soft_dpe_pdnet_R_18_FPN_bccd",
+        hosts=("composed_dpe_pdnet_R_18_FPN_bccd", "pdnet_R_18_FPN_bccd"),
+        seeds=(1,),
+    ),
+    Row(
+        recipe="composed_soft_salt_dpe_R_18_FPN_bccd",
+        hosts=("salt_R_18_FPN_bccd_dpe", "salt_R_18_FPN_bccd"),
+        seeds=(1,),
+    ),
     Row(recipe="faster_rcnn_R_18_FPN_bccd_d2"),
     Row(recipe="cascade_rcnn_R_18_FPN_bccd_d2", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),
     Row(recipe="decoupled_rcnn_R_18_FPN_bccd_single", hosts=("faster_rcnn_R_18_FPN_bccd_d2",)),
@@ -99,6 +130,14 @@ ROWS = (
             "cascade_rcnn_R_18_FPN_bccd_d2",
             "decoupled_rcnn_R_18_FPN_bccd_single",
         ),
+    ),
+    *(
+        Row(
+            recipe=f"composed_{host}_decoupled_rcnn_R_18_FPN_bccd",
+            hosts=(f"{host}_R_18_FPN_bccd", "decoupled_rcnn_R_18_FPN_bccd"),
+            seeds=(1,),
+        )
+        for host in ("fcos", "atss")
     ),
 )
 
