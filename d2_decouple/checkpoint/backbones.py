@@ -20,6 +20,7 @@ from detectron2.modeling.backbone import ResNet
 from torch import Tensor, nn
 
 from .errors import CheckpointError, listed
+from .res2net import holds_res2net, res2net_name
 
 _listed = partial(listed, most=3)
 __all__ = ["IMAGENET", "Normalization", "convert_resnet", "fit_backbone", "unwrap"]
@@ -32,7 +33,8 @@ _STEM_MEAN = "stem.conv1.norm.running_mean"
 _CHANNELS = {"RGB": [0, 1, 2], "BGR": [2, 1, 0]}
 _SUPPORTED = (
     "supported are ResNet-18, 34, 50, 101 and 152, ResNeXt and Wide ResNet with torchvision's "
-    "names (timm's resnet50, not its resnet50d or seresnet50)"
+    "names (timm's resnet50, not its resnet50d or seresnet50), and Res2Net v1b or v1d (timm's "
+    "res2net101d, not its res2net101_26w_4s)"
 )
 _STRIDE_KEY = "model.backbone.bottom_up.stages.stride_in_1x1"
 # A difference of the means below this many grey levels is rounding.
@@ -48,9 +50,9 @@ _THEIR_NAME = re.compile(
     r"(?:layer(?P<stage>[1-4])\.(?P<block>\d+)\.)?(?P<layer>conv[123]|bn[123]|downsample\.[01])"
     r"\.(?P<value>weight|bias|running_mean|running_var|num_batches_tracked)"
 )
-_THEIR_BACKBONE = re.compile(r"(conv1|bn1|layer\d+)\..*")
+_THEIR_BACKBONE = re.compile(r"(stem|conv1|bn1|layer\d+)\..*")
 _OUR_NAME = re.compile(
-    r"(stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut))"
+    r"(stem\.conv[123]|res[2-5]\.\d+\.(conv[123]|convs\.\d+|shortcut))"
     r"\.(weight|norm\.(weight|bias|running_mean|running_var))"
 )
 
@@ -119,9 +121,10 @@ def fit_backbone(
 ) -> dict[str, Any]:
     """A checkpoint with a backbone's weights brought to the names and the input of ``model``.
 
-    Recognised are a ResNet of torchvision or timm, Detectron2's own with or without a part of
-    its prefix, and Detectron2's converted copy of torchvision's. Everything else, above all the
-    checkpoint of a whole detector, is handed back as it is.
+    Recognised are a ResNet of torchvision or timm, a Res2Net of its authors, timm or mmdetection,
+    Detectron2's own with or without a part of its prefix, and Detectron2's converted copy of
+    torchvision's. Everything else, above all the checkpoint of a whole detector, is handed back
+    as it is.
 
     Args:
         checkpoint: :func:`unwrap`'s; ``matching_heuristics`` and ``__author__`` as in Detectron2.
@@ -177,7 +180,7 @@ def _theirs(
     # Detectron2's frozen batch norm counts no batches.
     known = resnet.state_dict().keys()
     bare = {name: value for name, value in bare.items() if name in known}
-    others = [name for name in state if not _THEIR_NAME.fullmatch(name)]
+    others = [name for name, our_name in _our_names(state).items() if our_name is None]
     _logger.info(
         "%s of torchvision or timm: %d tensors converted, the first convolution fitted to %s and "
         "pixel_std %s%s",
@@ -191,21 +194,27 @@ def _theirs(
 
 
 def _renamed(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    strange = [
-        name
-        for name in state
-        if _THEIR_BACKBONE.fullmatch(name) and not _THEIR_NAME.fullmatch(name)
-    ]
-    if strange or "conv1.weight" not in state:
+    named = _our_names(state)
+    strange = [name for name in state if named[name] is None and _THEIR_BACKBONE.fullmatch(name)]
+    if strange or _STEM not in named.values():
         raise CheckpointError(
             f"this is no plain ResNet of torchvision or timm: {_listed(strange)} is unknown"
-            f"{'' if 'conv1.weight' in state else ', and conv1.weight is missing'}; {_SUPPORTED}"
+            f"{'' if _STEM in named.values() else ', and the first convolution is missing'}; "
+            f"{_SUPPORTED}"
         )
-    named = {name: _THEIR_NAME.fullmatch(name) for name in state}
-    return _tensors({_our_name(match): state[name] for name, match in named.items() if match})
+    return _tensors({ours: state[name] for name, ours in named.items() if ours is not None})
 
 
-def _our_name(match: re.Match[str]) -> str:
+def _our_names(state: Mapping[str, Any]) -> dict[str, str | None]:
+    """Detectron2's name of every tensor; None of what belongs to no backbone, or is unknown."""
+    translate = res2net_name if holds_res2net(state) else _our_name
+    return {name: translate(name) for name in state}
+
+
+def _our_name(name: str) -> str | None:
+    match = _THEIR_NAME.fullmatch(name)
+    if match is None:
+        return None
     layer = match["layer"].replace("bn", "conv").replace("downsample.0", "shortcut")
     layer = layer.replace("downsample.1", "shortcut")
     norm = ".norm" if match["layer"].startswith("bn") or match["layer"].endswith(".1") else ""
@@ -328,7 +337,8 @@ def _described(bare: Mapping[str, Any]) -> str:
     norm = "no norm"
     if "stem.conv1.norm.weight" in bare:
         norm = "batch norm" if _STEM_MEAN in bare else "group norm"
-    return f"ResNet{size} with {norm}"
+    family = "Res2Net" if any(".convs." in name for name in bare) else "ResNet"
+    return f"{family}{size} with {norm}"
 
 
 def _normalization(filename: str) -> Normalization:

@@ -32,8 +32,9 @@ _CATALOGUE = tuple(
         "torchvision/R-50",
     )
 )
-# Not resnet50d, resnext26ts or resnet50_clip, which are other networks.
-_RESNET = re.compile(r"(wide_)?resne(t|xt)\d+(_(?!clip)\w+)?")
+# Not resnet50d, resnext26ts or resnet50_clip, which are other networks; of the Res2Nets those
+# with a deep stem.
+_RESNET = re.compile(r"(wide_)?resne(t|xt)\d+(_(?!clip)\w+)?|res2net\d+d")
 
 
 def local_file(source: str) -> str:

@@ -19,6 +19,7 @@ from torchvision.ops import DeformConv2d, deform_conv2d
 from .precision import at_least_float32
 
 __all__ = [
+    "RES2_CHANNELS",
     "DeformBottleneckBlock",
     "DeformConv",
     "OffsetDeformConv",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 _TAPS = 9  # of a 3x3 convolution
-_RES2_CHANNELS = 256  # of the output of every bottleneck ResNet's first stage; res3 has twice that
+RES2_CHANNELS = 256  # of the output of every bottleneck ResNet's first stage; res3 has twice that
 _RES2_BOTTLENECK = 64
 
 
@@ -116,18 +117,29 @@ class _OffsetConv(DeformConv2d):
 class OffsetDeformConv(DeformConv):
     """3x3 deformable convolution that makes its offsets, and factors, itself; without a bias.
 
-    The second version (Zhu et al., 2019) with one group of offsets. Its weight has the name of a
-    plain convolution's, so that such a one's checkpoint loads; ``conv_offset`` begins with zeros.
+    The second version (Zhu et al., 2019) with one group of offsets; without ``modulated`` the
+    first one (Dai et al., 2017). Its weight has the name of a plain convolution's, so that such a
+    one's checkpoint loads; ``conv_offset`` begins with zeros.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, modulated: bool = True) -> None:
-        super().__init__(in_channels, out_channels)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        modulated: bool = True,
+        stride: int = 1,
+        norm: str | Callable[[int], nn.Module] = "",
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride=stride, norm=norm)
         self.modulated = modulated
         numbers_per_tap = 3 if modulated else 2
-        self.conv_offset = _OffsetConv(in_channels, numbers_per_tap * _TAPS, stride=1, dilation=1)
+        self.conv_offset = _OffsetConv(
+            in_channels, numbers_per_tap * _TAPS, stride=stride, dilation=1
+        )
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """(N, C, H, W) -> (N, C', H, W)."""
+        """(N, C, H, W) -> (N, C', H', W')."""
         offset, mask = _split_offsets(self.conv_offset(input), self.modulated)
         return super().forward(input, offset, mask)
 
@@ -212,12 +224,12 @@ def deform_from_res3(**options: Any) -> CNNBlockBase:
     To be the ``block_class`` of ``ResNet.make_default_stages``, which calls it with the channels of
     the stage and by them says which it is. Other stages are chosen with ``ResNet.make_stage``.
     """
-    return _deform_above(_RES2_CHANNELS, **options)
+    return _deform_above(RES2_CHANNELS, **options)
 
 
 def deform_from_res4(**options: Any) -> CNNBlockBase:
     """A deformable block in res4 and res5, a plain one in res2 and res3; see above."""
-    return _deform_above(2 * _RES2_CHANNELS, **options)
+    return _deform_above(2 * RES2_CHANNELS, **options)
 
 
 def _deform_above(
