@@ -72,6 +72,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="ROW,...", help="train these rows alone")
     parser.add_argument("--seeds", metavar="N,...", help="train these seeds alone")
     parser.add_argument("--no-training", action="store_true", help="table of what is there")
+    parser.add_argument("--no-table", action="store_true", help="train only")
     parser.add_argument("--rerun", action="store_true", help="replace results of other configs")
     parser.add_argument("--threads", type=int, default=_cores(), help="CPU threads of a training")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bccd")
@@ -112,6 +113,8 @@ def make_table(args: argparse.Namespace) -> None:
             write_json(result_file(run, args), result)
     if args.iterations is not None:
         print("No table: these trainings are not of the experiment's length")
+        return
+    if args.no_table:
         return
     text = table(kept_results(args), truth)
     if args.write_readme:

@@ -156,9 +156,10 @@ def test_a_whole_table_then_nothing_is_trained_again(call, blood, tmp_path, caps
     assert "\n".join(lines[2:-2]) in output
 
 
-def test_a_kept_result_says_how_it_came_about(call, blood, tmp_path):
+def test_a_kept_result_says_how_it_came_about(call, blood, tmp_path, capsys):
     metrics = prepare(tmp_path, blood, Run(OURS, 2), shift=3.0)
-    assert call("--only", OURS, "--seeds", "2", "--threads", "1") == 0
+    assert call("--only", OURS, "--seeds", "2", "--threads", "1", "--no-table") == 0
+    assert "| AP |" not in capsys.readouterr().out
     (file,) = (tmp_path / "results").iterdir()
     result = json.loads(file.read_text())
     assert file.name == f"{OURS}_seed2.json"
