@@ -27,7 +27,7 @@ import torch
 from tabulate import tabulate
 
 from . import extension
-from .benchmarks import decoupled_rcnn, fcos, gather, mmdetection, pdnet, tscode
+from .benchmarks import decoupled_rcnn, fcos, gather, mmdetection, pdnet, salt, sapd, tscode
 from .benchmarks.detectors import SizedRow
 from .benchmarks.row import Row, Step
 from .config import nearest
@@ -38,6 +38,8 @@ ROWS: dict[str, Row] = {
     **fcos.ROWS,
     **pdnet.ROWS,
     **tscode.ROWS,
+    **salt.ROWS,
+    **sapd.ROWS,
     **mmdetection.ROWS,
     **decoupled_rcnn.ROWS,
     **gather.ROWS,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .errors import CheckpointError, listed
+from .res2net import res2net_name
 
 __all__ = [
     "CHANNELS",
@@ -23,6 +24,7 @@ __all__ = [
     "count_blocks",
     "counter",
     "norm",
+    "res2net",
     "resnet",
     "vote",
     "winners",
@@ -33,6 +35,7 @@ _listed = partial(listed, most=8)
 CHANNELS = 256
 """Of the pyramid in the networks that were published."""
 
+_BOTTOM_UP = "backbone.bottom_up"
 _CLASSES = 80
 _RESNET_WIDTH = 64  # of the 3x3 convolutions in a ResNet's first stage
 _DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -93,6 +96,7 @@ def resnet(
     stem: str,
     *,
     deformable: Collection[str] = (),
+    deformed: tuple[str, str] = ("conv2.conv", "conv2.offset"),
     counters: bool = False,
 ) -> Iterator[Entry]:
     """A ResNet or ResNeXt of bottlenecks.
@@ -105,9 +109,10 @@ def resnet(
         body: what is before ``.layer1`` in their names.
         stem: what is before ``.conv1`` and ``.bn1`` of the stem.
         deformable: prefixes of the blocks whose 3x3 convolution is deformable.
+        deformed: names of such a convolution and of the one that makes its offsets, in a block.
         counters: whether their norms count batches.
     """
-    bottom_up = "backbone.bottom_up"
+    bottom_up = _BOTTOM_UP
     frozen = partial(_frozen_norm, counters=counters)
     yield Entry(f"{stem}.conv1.weight", f"{bottom_up}.stem.conv1.weight", ("S", 3, 7, 7))
     yield from frozen(f"{stem}.bn1", f"{bottom_up}.stem.conv1.norm", "S")
@@ -118,7 +123,7 @@ def resnet(
             ours = f"{bottom_up}.res{stage + 1}.{index}"
             inputs = outputs if index else f"O{stage - 1}" if stage > 1 else "S"
             yield Entry(f"{theirs}.conv1.weight", f"{ours}.conv1.weight", (middle, inputs, 1, 1))
-            yield from _conv2(theirs, ours, stage, deformable=theirs in deformable)
+            yield from _conv2(theirs, ours, stage, deformed if theirs in deformable else None)
             yield Entry(f"{theirs}.conv3.weight", f"{ours}.conv3.weight", (outputs, middle, 1, 1))
             for conv, width in ((1, middle), (2, middle), (3, outputs)):
                 yield from frozen(f"{theirs}.bn{conv}", f"{ours}.conv{conv}.norm", width)
@@ -134,14 +139,69 @@ def _frozen_norm(theirs: str, ours: str, width: str, *, counters: bool) -> Itera
         yield counter(theirs, None)
 
 
-def _conv2(theirs: str, ours: str, stage: int, *, deformable: bool) -> Iterator[Entry]:
-    shape: Shape = (f"M{stage}", f"G{stage}", 3, 3)
-    if deformable:
+def _conv2(theirs: str, ours: str, stage: int, deformed: tuple[str, str] | None) -> Iterator[Entry]:
+    conv, offset = deformed or ("conv2", None)
+    if offset is not None:
         offsets = ("D", f"M{stage}", 3, 3)
-        yield from affine(f"{theirs}.conv2.offset", f"{ours}.conv2_offset", offsets)
-        yield Entry(f"{theirs}.conv2.conv.weight", f"{ours}.conv2.weight", shape)
-    else:
-        yield Entry(f"{theirs}.conv2.weight", f"{ours}.conv2.weight", shape)
+        yield from affine(f"{theirs}.{offset}", f"{ours}.conv2_offset", offsets)
+    shape: Shape = (f"M{stage}", f"G{stage}", 3, 3)
+    yield Entry(f"{theirs}.{conv}.weight", f"{ours}.conv2.weight", shape)
+
+
+def res2net(
+    blocks: Sequence[int],
+    body: str,
+    scales: int,
+    *,
+    deformable: Collection[str] = (),
+    counters: bool = False,
+) -> Iterator[Entry]:
+    """A Res2Net-v1d of mmdetection's kind.
+
+    Widths as in :func:`resnet`; H of the stem's first convolutions, W{i} of a 3x3 one in stage i.
+
+    Args:
+        blocks: as in :func:`resnet`.
+        body: as in :func:`resnet`; the stem's name begins with it, too.
+        scales: groups of channels in a block, each but one with a 3x3 convolution.
+        deformable: prefixes of the blocks whose 3x3 convolutions are deformable.
+        counters: as in :func:`resnet`.
+    """
+    for name, shape in _res2net_layers(blocks, scales):
+        offset = f"{name}.conv_offset"
+        if name.rpartition(".convs.")[0] in {x.removeprefix(f"{body}.") for x in deformable}:
+            ours = str(res2net_name(f"{offset}.weight")).removesuffix(".weight")
+            yield from affine(f"{body}.{offset}", f"{_BOTTOM_UP}.{ours}", ("D", *shape[1:]))
+        ours = f"{_BOTTOM_UP}.{res2net_name(f'{name}.weight')}"
+        if len(shape) > 1:
+            yield Entry(f"{body}.{name}.weight", ours, shape)
+        else:
+            yield from _frozen_norm(
+                f"{body}.{name}", ours.removesuffix(".weight"), str(shape[0]), counters=counters
+            )
+
+
+def _res2net_layers(blocks: Sequence[int], scales: int) -> Iterator[tuple[str, Shape]]:
+    """Convolutions and, by one number, norms."""
+    stem: dict[int, Shape] = {0: ("H", 3, 3, 3), 3: ("H", "H", 3, 3), 6: ("S", "H", 3, 3)}
+    for conv, shape in stem.items():
+        yield f"stem.{conv}", shape
+        yield f"stem.{conv + 1}", shape[:1]
+    for stage, count in enumerate(blocks, 1):
+        middle, width, outputs = f"M{stage}", f"W{stage}", f"O{stage}"
+        for index in range(count):
+            inputs = outputs if index else f"O{stage - 1}" if stage > 1 else "S"
+            name = f"layer{stage}.{index}"
+            yield f"{name}.conv1", (middle, inputs, 1, 1)
+            yield f"{name}.bn1", (middle,)
+            for group in range(scales - 1):
+                yield f"{name}.convs.{group}", (width, width, 3, 3)
+                yield f"{name}.bns.{group}", (width,)
+            yield f"{name}.conv3", (outputs, middle, 1, 1)
+            yield f"{name}.bn3", (outputs,)
+            if index == 0:
+                yield f"{name}.downsample.1", (outputs, inputs, 1, 1)
+                yield f"{name}.downsample.2", (outputs,)
 
 
 def count_blocks(state: Mapping[str, Tensor], body: str, model: str) -> tuple[int, ...]:
@@ -223,8 +283,15 @@ def check(
 
 
 def backbone_name(blocks: tuple[int, ...], widths: Mapping[str, int]) -> str:
-    """Such as "R-50" or "X-101-64x4d-DCN", of checked widths of :func:`resnet`."""
-    depth, groups = _DEPTHS[blocks], widths["M1"] // widths["G1"]
+    """Such as "R-50", "X-101-64x4d-DCN" or "R2-101-26w4s".
+
+    Of checked widths of :func:`resnet` or :func:`res2net`.
+    """
+    depth = _DEPTHS[blocks]
+    if "W1" in widths:
+        name = f"R2-{depth}-{widths['W1']}w{widths['M1'] // widths['W1']}s"
+        return f"{name}-DCN" if "D" in widths else name
+    groups = widths["M1"] // widths["G1"]
     name = f"R-{depth}" if groups == 1 else f"X-{depth}-{groups}x{widths['G1']}d"
     if "D" in widths:
         name += "-DCN"

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a paper's own code as a checkpoint of this package.
+"""Weights of a paper's own code as a checkpoint of this package, and back.
 
 ``python -m d2_decouple.checkpoint.convert METHOD OFFICIAL OUT``
+``python -m d2_decouple.checkpoint.convert --back METHOD OURS OUT``
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +17,59 @@ from torch import Tensor
 from .conversion import Converted
 from .convert_decoupled_rcnn import convert_decoupled_rcnn
 from .convert_pdnet import convert_pdnet
+from .convert_salt import (
+    convert_gflv2,
+    convert_salt,
+    gflv2_left_out,
+    revert_gflv2,
+    revert_salt,
+    salt_left_out,
+)
 from .errors import CheckpointError
 from .files import read_torch_file, write_whole
 
-__all__ = ["CONVERTERS", "Converted", "convert_checkpoint", "main"]
+__all__ = [
+    "CONVERTERS",
+    "WAYS_BACK",
+    "Converted",
+    "WayBack",
+    "convert_checkpoint",
+    "main",
+    "revert_checkpoint",
+]
 
 CONVERTERS: dict[str, Callable[[Mapping[str, Tensor]], Converted]] = {
     "pdnet": convert_pdnet,
     "decoupled_rcnn": convert_decoupled_rcnn,
+    "salt": convert_salt,
+    "gflv2": convert_gflv2,
 }
 """For each method: tensors by its authors' names -> tensors by ours."""
+
+
+class WayBack(NamedTuple):
+    """How weights of this package become an authors' file.
+
+    Attributes:
+        left_out: tensors by the authors' names -> those that the converter has no place for.
+        revert: tensors by our names, and what was left out of the file that they come from, if
+            they come from one -> tensors by the authors' names.
+    """
+
+    left_out: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    revert: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Converted]
+
+
+WAYS_BACK: dict[str, WayBack] = {
+    "salt": WayBack(salt_left_out, revert_salt),
+    "gflv2": WayBack(gflv2_left_out, revert_gflv2),
+}
+"""For the methods that have one."""
 
 _TENSORS = ("model", "state_dict")  # under which they lie, of Detectron's kin and of mmcv's
 _TRAINING_STATE = ("optimizer", "scheduler", "iteration", "meta")
 _OURS = "converted"  # says in a file that it comes from here, and from what
+_LEFT_OUT = "left_out"  # tensors of that file, below it
 # Suffixes by which our checkpointer expects other formats.
 _OTHER_FORMATS = (".pkl", ".safetensors")
 _EPILOG = """
@@ -40,6 +80,8 @@ examples:
   python tools/convert_checkpoint.py decoupled_rcnn epoch_24.pth decoupled_rcnn_R_50.pth
   python tools/train_net.py --config-file decoupled_rcnn_R_50_FPN_2x --eval-only \\
     train.init_checkpoint=decoupled_rcnn_R_50.pth
+  python tools/convert_checkpoint.py salt epoch_24.pth salt_R_50.pth
+  python tools/convert_checkpoint.py --back salt output/model_final.pth for_their_code.pth
 """
 
 
@@ -60,27 +102,104 @@ def convert_checkpoint(
         CheckpointError: there is no such method or file, the file is damaged or has other
             tensors than the method's, or ``out`` exists.
     """
-    source, target = Path(official), Path(out)
-    if method not in CONVERTERS:
-        raise CheckpointError(
-            f"there is no converter {method!r}; there are: {', '.join(CONVERTERS)}"
-        )
+    _known(method, CONVERTERS, "converter")
+
+    def convert(content: Mapping[str, Any]) -> tuple[Converted, dict[str, Any]]:
+        state = _tensors(content)
+        converted = CONVERTERS[method](state)
+        origin: dict[str, Any] = {"method": method, "file": Path(official).name}
+        if method in WAYS_BACK:
+            origin[_LEFT_OUT] = WAYS_BACK[method].left_out(state)
+        return converted, {"model": converted.tensors, _OURS: origin}
+
+    return _rewrite(
+        method,
+        Path(official),
+        Path(out),
+        convert,
+        force=force,
+        title=method,
+        missing="give the weights that were published",
+        misfit=f"as weights of {method}",
+        wanted="the whole file that the authors' code saved or published",
+    )
+
+
+def revert_checkpoint(
+    method: str, ours: str | Path, out: str | Path, *, force: bool = False
+) -> str:
+    """Read a file of this package and write one for the authors' code; returns one line about it.
+
+    What :func:`convert_checkpoint` wrote becomes the tensors that it was given, bit for bit.
+
+    Args:
+        method: a key of :data:`WAYS_BACK`.
+        ours: a converted file, or a checkpoint of a training.
+        out: where the weights go, under "state_dict" and with an empty "meta", as mmcv has it; its
+            folder is made.
+        force: replace a file that exists.
+
+    Raises:
+        CheckpointError: there is no such way or file, the file is damaged, of another method or
+            of another network than the method's, or ``out`` exists.
+    """
+    _known(method, WAYS_BACK, "way back")
+
+    def revert(content: Mapping[str, Any]) -> tuple[Converted, dict[str, Any]]:
+        origin = content.get(_OURS, {})
+        if origin and origin["method"] != method:
+            raise CheckpointError(f"it was converted as weights of {origin['method']}: type that")
+        state = content.get("model")
+        if not isinstance(state, Mapping):
+            raise CheckpointError("it has no weights under model, as the files of this package do")
+        reverted = WAYS_BACK[method].revert(_by_name(state), origin.get(_LEFT_OUT, {}))
+        return reverted, {"meta": {}, "state_dict": reverted.tensors}
+
+    return _rewrite(
+        method,
+        Path(ours),
+        Path(out),
+        revert,
+        force=force,
+        title=f"{method}, back",
+        missing="give a checkpoint of this package",
+        misfit=f"back to weights of {method}",
+        wanted="a file of this package",
+    )
+
+
+def _known(method: str, among: Mapping[str, Any], what: str) -> None:
+    if method not in among:
+        raise CheckpointError(f"there is no {what} {method!r}; there are: {', '.join(among)}")
+
+
+def _rewrite(
+    method: str,
+    source: Path,
+    target: Path,
+    make: Callable[[Mapping[str, Any]], tuple[Converted, dict[str, Any]]],
+    *,
+    force: bool,
+    title: str,
+    missing: str,
+    misfit: str,
+    wanted: str,
+) -> str:
+    """Write what ``make`` makes of a file's content; the last four are for messages."""
     if not source.is_file():
-        raise CheckpointError(f"there is no file {source}; give the weights that were published")
+        raise CheckpointError(f"there is no file {source}; {missing}")
     _prepare_target(source, target, force, f"{method}.pth")
     try:
-        converted = CONVERTERS[method](_tensors(read_torch_file(str(source))))
+        converted, content = make(read_torch_file(str(source)))
     except CheckpointError as error:
         if str(source) in str(error):
             raise
         raise CheckpointError(
-            f"{source} cannot be converted as weights of {method}: {error}. Give the whole file "
-            "that the authors' code saved or published"
+            f"{source} cannot be converted {misfit}: {error}. Give {wanted}"
         ) from error
-    content = {"model": converted.tensors, _OURS: {"method": method, "file": source.name}}
     write_whole(target, lambda file: torch.save(content, file))
     return (
-        f"{method}: {len(converted.tensors)} tensors converted ({converted.description}): "
+        f"{title}: {len(converted.tensors)} tensors converted ({converted.description}): "
         f"{source} -> {target}; {converted.advice}"
     )
 
@@ -120,6 +239,10 @@ def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"it has {', '.join(others)} beside {found[0]}; known are "
                 f"{', '.join(_TRAINING_STATE)}"
             )
+    return _by_name(state)
+
+
+def _by_name(state: Mapping[str, Any]) -> dict[str, Tensor]:
     strange = [
         f"{name} is a {type(value).__name__}"
         for name, value in state.items()
@@ -145,9 +268,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("official", metavar="OFFICIAL", help="file of the authors' code")
     parser.add_argument("out", metavar="OUT", help="file to write, such as pdnet_R_50.pth")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--back",
+        action="store_true",
+        help=f"OFFICIAL is a file of this package, OUT for the code of {', '.join(WAYS_BACK)}",
+    )
     args = parser.parse_args(arguments)
+    run = revert_checkpoint if args.back else convert_checkpoint
     try:
-        print(convert_checkpoint(args.method, args.official, args.out, force=args.force))
+        print(run(args.method, args.official, args.out, force=args.force))
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

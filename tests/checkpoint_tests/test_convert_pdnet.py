@@ -362,4 +362,4 @@ def test_the_script(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["pdet", file, "ours.pth"])
     assert "choose from" in capsys.readouterr().err
-    assert list(CONVERTERS) == ["pdnet", "decoupled_rcnn"]
+    assert list(CONVERTERS) == ["pdnet", "decoupled_rcnn", "salt", "gflv2"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases of SALT-Net: the head with its detections and gradients, and targets with losses.
 
-A case counts y before x and its nine points by the taps of a 3x3 kernel: the extremes lie in the
-middles of the kernel's edges. It has a class more than the objects do.
+A case has its rows in the order of :mod:`d2_decouple.checkpoint.salt_layout`, and a class more
+than the objects do.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from d2_decouple.checkpoint.salt_layout import (
+    FRACTION_ROWS,
+    POINT_ROWS,
+    SALT_LAYERS,
+    SALT_SCALES,
+    inverse,
+    our_order,
+)
 from d2_decouple.layers.points import make_grid
 from d2_decouple.layers.tower import bias_free_tower
 from d2_decouple.modeling import (
@@ -46,30 +54,7 @@ from .gfl import (
 
 __all__ = ["salt_head", "salt_loss"]
 
-LAYERS = {
-    "salt_cls": "cls_score",
-    "salt_reg": "predictor.bbox_pred",
-    "reg_conf.0": "predictor.reg_conf.0",
-    "reg_conf.2": "predictor.reg_conf.2",
-    "reg_init_out.conv": "aligner.coarse_subnet.0",
-    "reg_init_out.bn": "aligner.coarse_subnet.1",
-    "reg_init_out.regression": "aligner.coarse_pred",
-    "reg_init_out.scale_fs": "aligner.fraction_pred",
-    "salt_reg_conv.conv": "aligner.box_align.conv",
-    "salt_reg_conv.bn": "aligner.box_align.norm",
-    "salt_cls_refinement.conv": "aligner.vector_subnet.0",
-    "salt_cls_refinement.bn": "aligner.vector_subnet.1",
-    "salt_cls_refinement.proposal": "aligner.vector_pred",
-    "salt_cls_conv.conv": "aligner.cls_align.conv",
-    "salt_cls_conv.bn": "aligner.cls_align.norm",
-}
-SCALES = {"scales": "predictor.scales", "scales_init": "aligner.scales"}
-
-# For each of our points, left, top, right, bottom and five inside, its tap in theirs.
-TAPS = [3, 1, 5, 7, 0, 2, 4, 6, 8]
-# For each of our rows, theirs: (x, y) of each point; four fractions, then (x, y) of five points.
-POINT_ROWS = [2 * tap + axis for tap in TAPS for axis in (1, 0)]
-FRACTION_ROWS = [*range(4), *(4 + 2 * point + axis for point in range(5) for axis in (1, 0))]
+LAYERS = {name: layer.ours for name, layer in SALT_LAYERS.items()}
 
 
 def salt_head(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -137,17 +122,8 @@ def salt_loss(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _our_parameters(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The head's parameters from those of the reference implementation."""
-    ours = our_parameters(theirs, LAYERS, SCALES)
-    for layer, rows in (("fraction_pred", FRACTION_ROWS), ("vector_pred", POINT_ROWS)):
-        for kind in ("weight", "bias"):
-            ours[f"aligner.{layer}.{kind}"] = ours[f"aligner.{layer}.{kind}"][rows]
-    for layer in ("box_align", "cls_align"):
-        weight = ours[f"aligner.{layer}.conv.weight"]
-        ours[f"aligner.{layer}.conv.weight"] = weight.flatten(2)[..., TAPS].view_as(weight)
-    for layer in ("0", "2"):  # a 1x1 convolution there
-        name = f"predictor.reg_conf.{layer}.weight"
-        ours[name] = ours[name].flatten(1)
-    return ours
+    ours = our_parameters(theirs, LAYERS, SALT_SCALES)
+    return {name: our_order(name, value) for name, value in ours.items()}
 
 
 # Building what is compared.
@@ -214,8 +190,8 @@ def _their_maps(
     }
     maps = {kind: as_maps(x, sizes) for kind, x in rows.items()}
     maps["d"] = [_channels(x.distances) for x in points]
-    maps["s"] = [_channels(x.fractions)[:, _inverse(FRACTION_ROWS)] for x in points]
-    taps = _inverse(POINT_ROWS)
+    maps["s"] = [_channels(x.fractions)[:, inverse(FRACTION_ROWS)] for x in points]
+    taps = inverse(POINT_ROWS)
     maps["r_points"] = [_channels(x.box_points.flatten(3))[:, taps] for x in points]
     maps["c_points"] = [_channels(x.class_points.flatten(3))[:, taps] for x in points]
     return {
@@ -228,8 +204,3 @@ def _their_maps(
 def _channels(rows: Tensor) -> Tensor:
     """(N, H, W, channels) -> (N, channels, H, W)."""
     return rows.permute(0, 3, 1, 2)
-
-
-def _inverse(rows: list[int]) -> list[int]:
-    """For each of their rows, ours."""
-    return [rows.index(row) for row in range(len(rows))]
