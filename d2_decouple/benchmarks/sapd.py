@@ -15,7 +15,7 @@ from .row import Row, Step
 
 __all__ = ["ROWS"]
 
-_SIZE = (800, 1333)
+_SIZE = (800, 1216)
 _ITERATION = 80_000  # of 90,000: levels are selected softly by now
 _SAPD, _BALANCED = "sapd_R_50_FPN_1x_nobfp", "sapd_R_50_FPN_1x"
 # Of the last convolutions' weights. Nothing normalises a random network's values, which are in the

@@ -7,41 +7,36 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from .coco import COCOContent, COCOSource, read_coco
 from .loader import DataError
 from .records import IMAGE_SUFFIXES, Part, existing_folder, register_source, visible
+from .splits import SPLIT_WORDS, WHOLE, split_folders
 from .voc import VOCSource, annotated_classes, annotation_files, image_files
+from .yolo import YOLOSource, yolo_layout
 
 __all__ = ["FolderDataset", "register_folder"]
 
-AnySource: TypeAlias = VOCSource | COCOSource
+AnySource: TypeAlias = VOCSource | COCOSource | YOLOSource
 
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "trainval": "trainval",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
 # What is trained on and what is measured on, the first pair that is there. With all of train, val
 # and test, a test set stays unseen while checkpoints are compared.
 _PAIRS = (("trainval", "test"), ("train", "val"), ("train", "test"))
-_WHOLE = "all"  # a set without a word for its split
 
 _WANTED = """wanted one of these layouts:
   Annotations/*.xml + JPEGImages/ (or images/), with ImageSets/Main/{train,val,test}.txt or without
   train/*.xml and val/*.xml (or valid/, test/), with their images
   annotations/instances_train*.json + instances_val*.json, with images in train*/ and val*/
   train/_annotations.coco.json + valid/_annotations.coco.json, with their images
-  one COCO .json, with images in images/"""
+  one COCO .json, with images in images/
+  YOLO: data.yaml (names, train, val), or classes.txt, with images/ and labels/*.txt"""
+_LOOKED_AT = 10_000  # files, for images in a folder that is no dataset
+_KINDS = {VOCSource: "Pascal VOC", COCOSource: "COCO", YOLOSource: "YOLO"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def register_folder(
     different places get different names.
 
     Args:
-        root: in one of the layouts of Pascal VOC or COCO.
+        root: in one of the layouts of Pascal VOC, COCO or YOLO, looked for in this order.
         test_fraction: share of the images that is held out, between 0 and 1.
         seed: of that choice.
 
@@ -82,11 +77,21 @@ def register_folder(
     """
     if not 0 < test_fraction < 1:
         raise DataError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
+    if Path(root).is_file():
+        raise DataError(
+            f"{root} is a file; wanted the folder that holds images and labels, such as "
+            f"{Path(root).absolute().parent}"
+        )
     folder = existing_folder(root).resolve()
     contents: dict[str, COCOContent] = {}
+    layout = None
     found = _voc(folder) or _voc_by_split(folder) or _coco(folder, contents)
+    if not found and (layout := yolo_layout(folder)):
+        found = dict(layout.sources)
     if not found:
-        raise DataError(f"{folder} is no dataset: found {_listing(folder)}; {_WANTED}")
+        raise DataError(
+            f"{folder} is no dataset: {_hint(folder)}found {_listing(folder)}; {_WANTED}"
+        )
     train, test, unused, note = _choose(found, test_fraction, seed)
     classes, class_note = _classes(found, contents, (train, test))
     sources = [replace(source, classes=classes) for source in (train, test)]
@@ -95,13 +100,13 @@ def register_folder(
     name = _unique_name(folder, train.part)
     for source, which in zip(sources, ("train", "test"), strict=True):
         register_source(replace(source, name=f"{name}_{which}"))
-    kind = "Pascal VOC" if isinstance(train, VOCSource) else "COCO"
-    notes = [f"{folder}: {kind}, {len(classes)} classes: {', '.join(classes)}"]
+    notes = [f"{folder}: {_KINDS[type(train)]}, {len(classes)} classes: {', '.join(classes)}"]
     sizes = [len(part) for part in records]
     notes += [f"{sizes[0]} images for training, {sizes[1]} for the test: {note}"]
+    notes += [*(layout.notes if layout else ()), *_without_labels(sources)]
     notes += _unknown_lists(train)
     notes += [f"not used: {', '.join(unused)}"] if unused else []
-    notes += [class_note] if class_note else []
+    notes += [*([class_note] if class_note else []), *_alike(classes)]
     used = {record["file_name"] for part in records for record in part}
     notes += _without_annotation(sources, used)
     return FolderDataset(f"{name}_train", f"{name}_test", classes, tuple(notes))
@@ -113,12 +118,12 @@ def _voc(folder: Path) -> dict[str, AnySource]:
         return {}
     found: dict[str, AnySource] = {}
     for file in _lists(folder):
-        split = _SPLIT_WORDS.get(file.stem.lower())
+        split = SPLIT_WORDS.get(file.stem.lower())
         if split in found:
             raise DataError(f"{file.parent} has two lists for {split}; take one out")
         if split:
             found[split] = VOCSource("", str(folder), file.stem, None)
-    return found or {_WHOLE: VOCSource("", str(folder), None, None)}
+    return found or {WHOLE: VOCSource("", str(folder), None, None)}
 
 
 def _lists(folder: Path) -> list[Path]:
@@ -129,7 +134,7 @@ def _voc_by_split(folder: Path) -> dict[str, AnySource]:
     """A VOC folder for each split, as some labelling services write them."""
     return {
         split: VOCSource("", str(place), None, None)
-        for split, place in _split_folders(folder)
+        for split, place in split_folders(folder)
         if annotation_files(place)
     }
 
@@ -141,12 +146,12 @@ def _coco(folder: Path, contents: dict[str, COCOContent]) -> dict[str, AnySource
     splits = [(_split_of(file.stem), file) for file in instances or files]
     splits += [
         (split, file)
-        for split, place in _split_folders(folder)
+        for split, place in split_folders(folder)
         for file in visible(place.glob("*.json"))
     ]
     splits = [(split, file) for split, file in splits if _is_coco(file)]
     if len(splits) == 1 and splits[0][0] is None:
-        splits = [(_WHOLE, splits[0][1])]
+        splits = [(WHOLE, splits[0][1])]
     found: dict[str, AnySource] = {}
     for split, file in splits:
         others = [x for x in splits if x[0] == split and x[1] != file]
@@ -162,17 +167,10 @@ def _coco(folder: Path, contents: dict[str, COCOContent]) -> dict[str, AnySource
     return found
 
 
-def _split_folders(folder: Path) -> Iterator[tuple[str, Path]]:
-    for place in sorted(folder.iterdir()):
-        split = _SPLIT_WORDS.get(place.name.lower())
-        if split and place.is_dir():
-            yield split, place
-
-
 def _split_of(stem: str) -> str | None:
     """The split that a file's name says, as in instances_train2017."""
     words = re.findall(r"[a-z]+", stem.lower())
-    found = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
+    found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
     return found.pop() if len(found) == 1 else None
 
 
@@ -194,8 +192,8 @@ def _image_root(folder: Path, content: COCOContent, split: str) -> Path:
         raise DataError(f"{file} has no images; wanted at least one")
     first = content.images[0]["file_name"]
     names = [file.stem.removeprefix("instances_")]
-    names += [word for word, meaning in _SPLIT_WORDS.items() if meaning == split]
-    places = [file.parent] if file.parent.name.lower() in _SPLIT_WORDS else []
+    names += [word for word, meaning in SPLIT_WORDS.items() if meaning == split]
+    places = [file.parent] if file.parent.name.lower() in SPLIT_WORDS else []
     places += [folder / part / name for part in ("", "images") for name in names]
     places += [folder / name for name in ("images", "Images", "JPEGImages", "img", "data", "")]
     others = [place for place in sorted(folder.iterdir()) if place.is_dir()]
@@ -218,7 +216,7 @@ def _choose(
             known = (train, test, "trainval", *(("train", "val") if train == "trainval" else ()))
             unused = [split for split in found if split not in known]
             return found[train], found[test], unused, f"the folder's own {train} and {test}"
-    wanted = next((x for x in ("trainval", "train", _WHOLE) if x in found), None)
+    wanted = next((x for x in ("trainval", "train", WHOLE) if x in found), None)
     if wanted is None:
         raise DataError(
             f"found only {', '.join(found)}, and nothing to train on; wanted a split named train "
@@ -226,7 +224,7 @@ def _choose(
         )
     parts = [replace(found[wanted], part=Part(fraction, seed, held)) for held in (False, True)]
     unused = [split for split in found if split not in (wanted, "train", "val")]
-    which = "no splits" if wanted == _WHOLE else f"no test split beside {wanted}"
+    which = "no splits" if wanted == WHOLE else f"no test split beside {wanted}"
     return (
         parts[0],
         parts[1],
@@ -239,6 +237,8 @@ def _classes(
     found: Mapping[str, AnySource], contents: Mapping[str, COCOContent], chosen: Sequence[AnySource]
 ) -> tuple[tuple[str, ...], str]:
     """Class names over all splits, and a note on them or nothing."""
+    if isinstance(chosen[0], YOLOSource):
+        return chosen[0].classes, ""
     files = dict.fromkeys(x.json_file for x in chosen if isinstance(x, COCOSource))
     if files:
         return _declared_classes([contents[file] for file in files])
@@ -282,6 +282,18 @@ def _without_annotation(sources: Sequence[AnySource], used: set[str]) -> list[st
     ]
 
 
+def _without_labels(sources: Sequence[AnySource]) -> list[str]:
+    """A note on images without a label file, which YOLO takes for images without objects."""
+    sets = [source for source in sources if isinstance(source, YOLOSource)]
+    bare = [file for source in sets for file in source.without_labels()]
+    if not bare:
+        return []
+    return [
+        f"{len(bare)} images have no label file, so no objects; the first is {bare[0]}: take those "
+        "out that were not looked at"
+    ]
+
+
 def _declared_classes(contents: Sequence[COCOContent]) -> tuple[tuple[str, ...], str]:
     first = contents[0]
     for other in contents[1:]:
@@ -309,6 +321,31 @@ def _unique_name(folder: Path, part: Part | None) -> str:
     choice = "" if part is None else f"/{part.fraction}/{part.seed}"
     digest = hashlib.sha256(f"{folder.resolve()}{choice}".encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', folder.name).strip('-') or 'data'}_{digest[:8]}"
+
+
+def _hint(folder: Path) -> str:
+    """What is probably meant by a folder that is no dataset; may be empty."""
+    below = [place for place in sorted(folder.iterdir()) if place.is_dir()]
+    for place in below:
+        if annotation_files(place) or (place / "data.yaml").is_file():
+            return f"is {place} meant? "
+    files = islice(folder.rglob("*"), _LOOKED_AT)
+    if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        return "there are images, and no annotations that belong to them; "
+    return ""
+
+
+def _alike(classes: Sequence[str]) -> list[str]:
+    """A note on classes whose names differ in nothing but case and blanks."""
+    known: dict[str, list[str]] = {}
+    for name in classes:
+        known.setdefault(re.sub(r"[\s_-]+", "", name.casefold()), []).append(name)
+    return [
+        f"classes {' and '.join(map(repr, names))} are nearly written alike: if they are one, "
+        "correct the annotations"
+        for names in known.values()
+        if len(names) > 1
+    ]
 
 
 def _listing(folder: Path) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a launcher needs beyond Detectron2's own trainer."""
 
+from .checks import check_data, check_recipe
 from .errors import EXPECTED_ERRORS, TrainingError, TrainingStoppedError
-from .recipe import Recipe, check_data, check_recipe, lazy_recipe, yacs_recipe
+from .recipe import Recipe, lazy_recipe, yacs_recipe
 from .train import evaluate, set_up, train
 
 __all__ = [

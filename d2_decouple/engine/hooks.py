@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..checkpoint.checkpointer import BEST, Checkpointer
 from .errors import TrainingError
 
-__all__ = ["Evaluating", "Progress", "Saving", "forget_after"]
+__all__ = ["EarlyStop", "Evaluating", "Progress", "Saving", "forget_after"]
 
 _logger = logging.getLogger(__name__)
 _NUMBERED = re.compile(r"model_\d{7,}\.pth")
@@ -86,37 +86,62 @@ class Saving(HookBase):
             path.unlink(missing_ok=True)
 
 
+class EarlyStop(Exception):  # noqa: N818 - it ends a training well
+    """Ends a training whose AP does not rise any more; the message says since when."""
+
+
 class Evaluating(HookBase):
-    """Evaluates periodically and at the end, and keeps the checkpoint with the best ``bbox/AP``."""
+    """Evaluates periodically and at the end, and keeps the checkpoint with the best ``bbox/AP``.
+
+    Stops a training early if it is told how long to wait. Evaluations count from the first one
+    with an AP above 0 on: before, nothing has been learned that could get worse.
+    """
 
     def __init__(
-        self, evaluate: Callable[[], dict[str, Any]], *, period: int, checkpointer: Checkpointer
+        self,
+        evaluate: Callable[[], dict[str, Any]],
+        *,
+        period: int,
+        checkpointer: Checkpointer,
+        patience: int = 0,
     ) -> None:
         """
         Args:
             evaluate: evaluates, and answers with a nested dict of numbers.
             period: iterations between evaluations; 0 for the one at the end alone.
             checkpointer: saves the best.
+            patience: evaluations without a better AP that end the training; 0 for none.
         """
         self._evaluate, self._period, self._checkpointer = evaluate, period, checkpointer
+        self._patience = patience
         self._best = -math.inf
         self._evaluated = 0  # iterations done at the last evaluation
+        self._without_better = 0  # evaluations since the best one
 
     def before_train(self) -> None:
         """Evaluate what a resumed training begins with, unless that is known to be done.
 
         Its checkpoint was saved before the evaluation, which may not have come to its end, and
-        does not know what came out: the best one would be forgotten.
+        does not know what came out: the best one would be forgotten. One that was stopped early
+        is evaluated again, since that is all that is left to do.
+
+        Raises:
+            EarlyStop: it has waited long enough for a better AP.
         """
         trainer, done = self.trainer, self.trainer.start_iter
-        if not (done and self._period > 0 and done % self._period == 0) or self._evaluated == done:
+        known = self._evaluated == done and not self._exhausted()
+        if not (done and self._period > 0 and done % self._period == 0) or known:
             return
         trainer.iter = trainer.storage.iter = done - 1
         self._run()
         trainer.iter = trainer.storage.iter = done
 
     def after_step(self) -> None:
-        """Evaluate if it is time to."""
+        """Evaluate if it is time to.
+
+        Raises:
+            EarlyStop: it has waited long enough for a better AP.
+        """
         done = self.trainer.iter + 1
         last = done == self.trainer.max_iter
         if last or (self._period > 0 and done % self._period == 0 and not self.trainer.stopping):
@@ -131,30 +156,51 @@ class Evaluating(HookBase):
 
     def _run(self) -> None:
         results = self._evaluate()
-        self._evaluated = self.trainer.iter + 1
+        done = self.trainer.iter + 1
+        repeated, self._evaluated = self._evaluated == done, done
         if results:  # on the first process
             flat = {key: float(x) for key, x in flatten_results_dict(results).items()}
             self.trainer.storage.put_scalars(**flat, smoothing_hint=False)
-            self._keep_best(flat)
-        comm.synchronize()  # evaluation may take them different times
+            better = self._keep_best(flat)
+            if better or self._best <= 0:
+                self._without_better = 0
+            elif not repeated:
+                self._without_better += 1
+        # Evaluation may take the processes different times; the first one alone knows its result.
+        if any(comm.all_gather(self._exhausted())) and done < self.trainer.max_iter:
+            raise EarlyStop(
+                f"stopped early after {done} of {self.trainer.max_iter} iterations: the last "
+                f"{self._patience} evaluations gave no better AP than {self._best:.2f}, whose "
+                f"weights are in {BEST}.pth (train.early_stopping.patience=0 goes on)"
+            )
 
-    def _keep_best(self, flat: dict[str, float]) -> None:
+    def _exhausted(self) -> bool:
+        return 0 < self._patience <= self._without_better
+
+    def _keep_best(self, flat: dict[str, float]) -> bool:
+        """Save the model if it is the best so far; whether it is."""
         found = [value for key, value in flat.items() if key.endswith("bbox/AP")]
         if not found or not found[0] > self._best:
-            return
+            return False
         self._best = found[0]
         _logger.info("Best AP so far: %.2f; saving %s", self._best, BEST)
         self._checkpointer.save(
             BEST, last=False, iteration=self.trainer.iter, best={"bbox/AP": self._best}
         )
+        return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The best AP so far, and when it was looked for last."""
-        return {"best": self._best, "evaluated": self._evaluated}
+        """The best AP so far, when it was looked for last, and how often in vain since then."""
+        return {
+            "best": self._best,
+            "evaluated": self._evaluated,
+            "without_better": self._without_better,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As it was stored."""
         self._best, self._evaluated = state["best"], state.get("evaluated", 0)
+        self._without_better = state.get("without_better", 0)
 
 
 class Progress(EventWriter):

@@ -3,34 +3,25 @@
 
 import copy
 import functools
-import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
-from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from ..config import ConfigError, door_recipe
-from ..data import register_bccd, require_dataset
+from ..data import register_bccd
 from ..data.augmentation import BoxAwareMapper
-from ..data.checks import check_datasets
-from ..data.loader import DataError, TrainLoader
+from ..data.loader import TrainLoader
 from ..evaluation import BoxEvaluator
 from ..modeling import (
     DecoupledROIHeads,
@@ -40,9 +31,7 @@ from ..modeling import (
 )
 from .trainer import Loader, unwrapped
 
-__all__ = ["Recipe", "check_data", "check_recipe", "lazy_recipe", "yacs_recipe"]
-
-_logger = logging.getLogger(__name__)
+__all__ = ["Recipe", "lazy_recipe", "yacs_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +48,7 @@ class Recipe:
         accumulate: batches of a training step.
         max_grad_norm: norm that gradients are scaled down to, or None.
         ema_decay: of the averaged weights, or None for no average.
+        patience: evaluations without a better AP that end the training; 0 for none.
         seed: of weights, order and augmentation; negative for one that is drawn.
         ddp: options of DistributedDataParallel.
         checkpointer: options of the periodic checkpointer.
@@ -87,6 +77,7 @@ class Recipe:
     accumulate: int
     max_grad_norm: float | None
     ema_decay: float | None
+    patience: int
     seed: int
     ddp: dict[str, Any]
     checkpointer: dict[str, Any]
@@ -260,6 +251,12 @@ def _training_options(options: Mapping[str, Any], amp: bool) -> dict[str, Any]:
     norm = options.get("max_grad_norm")
     if norm is not None and not norm > 0:
         raise ConfigError(f"train.max_grad_norm is {norm!r}, wanted a number above 0, or null")
+    patience = options.get("early_stopping", {}).get("patience", 0)
+    if type(patience) is not int or patience < 0 or (patience and not options.get("eval_period")):
+        raise ConfigError(
+            f"train.early_stopping.patience is {patience!r}, wanted a number of evaluations, or 0 "
+            "to train to the end; it needs train.eval_period above 0"
+        )
     ema = options.get("ema", {})
     if ema.get("enabled") and not 0 < ema.decay < 1:
         raise ConfigError(f"train.ema.decay is {ema.decay!r}, wanted a number between 0 and 1")
@@ -267,6 +264,7 @@ def _training_options(options: Mapping[str, Any], amp: bool) -> dict[str, Any]:
         "precision": _PRECISIONS[dtype] if amp else None,
         "accumulate": accumulate,
         "max_grad_norm": norm,
+        "patience": patience,
         "ema_decay": ema.decay if ema.get("enabled") else None,
     }
 
@@ -311,87 +309,6 @@ def _yacs_loader(cfg: CfgNode) -> TrainLoader:
         aspect_ratio_grouping=options.ASPECT_RATIO_GROUPING,
         repeat_factors=factors,
     )
-
-
-def check_recipe(recipe: Recipe, *, training: bool = True, resume: bool = False) -> None:
-    """Stop before the first iteration on what would fail, or silently go wrong, later.
-
-    Raises:
-        ConfigError: an unknown dataset, a class count that differs from the data's, mixed
-            precision or devices that are not there, an output folder that cannot be written.
-            The message says what to type.
-    """
-    for name in (*(recipe.train_datasets if training else ()), *recipe.test_datasets):
-        try:
-            require_dataset(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes and recipe.num_classes not in (None, len(classes)):
-            raise ConfigError(
-                f"the model predicts {recipe.num_classes} classes, dataset {name!r} has "
-                f"{len(classes)} ({', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''});"
-                f" type {recipe.type_num_classes.format(len(classes))}"
-            )
-    if recipe.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"the config wants device {recipe.device!r}, but torch sees no GPU; type "
-            f"{recipe.type_device.format('cpu')}"
-        )
-    if not isinstance(recipe.max_iter, int) or recipe.max_iter < 1:
-        raise ConfigError(
-            f"the number of iterations must be a whole number from 1, got {recipe.max_iter!r}; "
-            "type train.max_iter=1000 (yacs: SOLVER.MAX_ITER 1000)"
-        )
-    if recipe.precision is torch.float16 and recipe.device == "cpu":
-        _logger.warning(
-            "float16 on a CPU is many times slower than float32; train.amp.dtype=bfloat16 is not"
-        )
-    other_folder = recipe.type_output_dir.format("FOLDER")
-    _check_writable(recipe.output_dir, other_folder)
-    last = Path(recipe.output_dir) / "last_checkpoint"
-    if training and not resume and last.is_file():
-        raise ConfigError(
-            f"{recipe.output_dir} holds an earlier training ({last.read_text().strip()}), which a "
-            f"new one would overwrite; type --resume to go on with it, or {other_folder}"
-        )
-
-
-def check_data(recipe: Recipe, *, training: bool = True) -> None:
-    """Look for what would stop or spoil a training in its data; warnings go to the log.
-
-    The first process does it for all. Images' headers are read, of at most some thousands.
-
-    Raises:
-        DataError: there is such a fault.
-    """
-    if not comm.is_main_process():
-        return
-    report = check_datasets(
-        recipe.train_datasets if training else (),
-        recipe.test_datasets,
-        num_classes=recipe.num_classes,
-        decode=False,
-    )
-    for line in report.warnings:
-        _logger.warning("%s", line)
-    if report.faults:
-        raise DataError(
-            "\n".join(["these faults in the data would stop or spoil a training:", *report.faults])
-            + "\n`python -m d2_decouple.data.checks` with the folder lists them all"
-        )
-
-
-def _check_writable(folder: str, remedy: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"the output folder {os.path.abspath(folder)} cannot be written "
-            f"({error.strerror}); type {remedy} with one that can"
-        ) from error
 
 
 def _require_keys(cfg: DictConfig, keys: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..checkpoint import Checkpointer, CheckpointError
 from ..data.loader import DataError
-from .hooks import Evaluating, Progress, Saving, forget_after
+from .hooks import EarlyStop, Evaluating, Progress, Saving, forget_after
 from .recipe import Recipe
 from .trainer import Average, BatchError, Trainer
 
@@ -99,7 +99,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         results.update(evaluate(recipe, evaluated, wrap=lambda loader: _Watched(loader, trainer)))
         return results
 
-    evaluating = Evaluating(evaluation, period=recipe.eval_period, checkpointer=checkpointer)
+    evaluating = Evaluating(
+        evaluation,
+        period=recipe.eval_period,
+        checkpointer=checkpointer,
+        patience=recipe.patience,
+    )
     trainer.register_hooks([*_hooks(recipe, trainer, checkpointer), evaluating])
     start = _start(recipe, trainer, checkpointer, resume)
     if start >= recipe.max_iter:
@@ -108,8 +113,18 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     if comm.is_main_process():
         trainer.register_hooks([hooks.PeriodicWriter(_writers(recipe, start), recipe.log_period)])
         _logger.info("Training from iteration %d to %d", start, recipe.max_iter)
+    _run(trainer, checkpointer, start, recipe.max_iter)
+    return results
+
+
+def _run(trainer: Trainer, checkpointer: Checkpointer, start: int, max_iter: int) -> None:
+    """Train to the end, or to where it stops early; save what there is if a batch cannot be had."""
     try:
-        trainer.train(start, recipe.max_iter)
+        trainer.train(start, max_iter)
+    except EarlyStop as reached:
+        checkpointer.save("model_final", iteration=trainer.iter)
+        comm.synchronize()  # a process that ends may end the one that saves
+        _logger.info("The training was %s", reached)
     except BatchError as error:
         if trainer.iter == start:
             raise
@@ -120,7 +135,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         raise DataError(
             f"{error}. {trainer.iter + 1} iterations are saved: --resume goes on from there"
         ) from error
-    return results
 
 
 def _trainer(recipe: Recipe) -> Trainer:

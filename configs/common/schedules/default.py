@@ -18,6 +18,7 @@ train = dict(
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=2),
     eval_period=5000,
+    early_stopping=dict(patience=0),  # evaluations without a better AP that end a training
     # Test-time augmentation; without sizes, three around the one of the test images.
     tta=dict(enabled=False, short_edge_lengths=None, max_size=None, flip=True),
     log_period=20,
