@@ -32,7 +32,7 @@ DOCUMENTS = [
 ]
 
 # Files of the reader or of a result, not of this repository.
-OF_THE_READER = (".venv/", "output/", "DETECTRON2/")
+OF_THE_READER = (".venv/", "output/", "DETECTRON2/", "FOLDER/")
 
 
 def text_of(document: str) -> str:
