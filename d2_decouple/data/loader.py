@@ -126,8 +126,10 @@ class TrainLoader:
         while True:
             try:
                 batch = next(batches)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
+            # One that is killed while it hands a batch over closes the connection.
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                named = str(error).startswith("DataLoader worker")
+                if not named and (isinstance(error, RuntimeError) or not self._num_workers):
                     raise
                 raise DataError(
                     f"a process that loads images died: {error}. Often the memory was full "

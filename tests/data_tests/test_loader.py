@@ -164,6 +164,19 @@ def test_a_worker_that_dies_is_named():
         next(iter(loader(mapper=die, num_workers=1)))
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError("end")])
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_named(monkeypatch, error):
+    def broken(_):
+        raise error
+        yield
+
+    monkeypatch.setattr("d2_decouple.data.loader._started", broken)
+    with pytest.raises(DataError, match=r"process that loads images died.*num_workers=0"):
+        next(loader(num_workers=1).batches())
+    with pytest.raises(type(error)):  # without such processes it is somebody else's
+        next(loader(num_workers=0).batches())
+
+
 def test_a_dead_worker_is_no_signal_that_breaks_into_a_step(monkeypatch):
     """torch's handler would raise in the middle of an update of the weights."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
