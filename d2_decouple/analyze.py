@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from .data.images import ImageError, read_rgb
 from .engine import EXPECTED_ERRORS
 from .engine.predictor import Predictor
 from .evaluation import EvaluationError, GroundTruth, read_ground_truth
+from .evaluation.files import write_text
 
 __all__ = ["main"]
 
@@ -132,7 +132,7 @@ def _analyze(args: argparse.Namespace) -> None:
         draws=args.draws,
         where=_where(args.device),
     )
-    _write(output, page)
+    write_text(output, page)
     print(f"report: {output}")
     if args.json:
         record = {
@@ -143,7 +143,7 @@ def _analyze(args: argparse.Namespace) -> None:
             "models": [summary.as_record(truth.class_names) for summary in summaries],
             "differences": [item.as_record() for item in compared],
         }
-        _write(Path(args.json), json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_text(Path(args.json), json.dumps(record, indent=1, allow_nan=False) + "\n")
         print(f"numbers: {args.json}")
     _print_summary(summaries)
 
@@ -223,16 +223,6 @@ def _where(device: str | None) -> str:
         return torch.cuda.get_device_name(name)
     threads = torch.get_num_threads()
     return f"a CPU with {threads} thread{'s' * (threads > 1)}"
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _print_summary(summaries: Sequence[Summary]) -> None:

@@ -21,6 +21,7 @@ from ..layers.boxes import paired_overlaps
 from ..layers.losses import loss_normalizer
 from ..structures import DensePredictions, DenseTargets, GroundTruth, foreground
 from .atss import ATSSAssigner
+from .terms import quality_losses
 
 __all__ = ["BoxQualityTerm", "DDODAssigner", "PredictionATSSAssigner", "box_targets"]
 
@@ -180,12 +181,5 @@ class BoxQualityTerm:
     def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
         """The scalar that is added to the loss."""
         chosen = box_targets(targets)
-        if predictions.quality is None or chosen.quality is None:
-            raise ValueError(
-                "BoxQualityTerm wants a quality from the predictor and from the assigner, and one "
-                "of them gives none; remove this term from losses"
-            )
-        losses = F.binary_cross_entropy_with_logits(
-            predictions.quality, chosen.quality, reduction="none"
-        )
+        losses = quality_losses(self, predictions, chosen)
         return self.weight * (losses * chosen.box_weights).sum() / chosen.box_normalizer

@@ -13,7 +13,6 @@ import torch
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from ..layers.precision import at_least_float32
 from ..structures import DensePredictions, DenseTargets, foreground
 from .decoupled_rcnn import DecoupledROIHeads
 from .decoupled_rpn import (
@@ -25,6 +24,7 @@ from .decoupled_rpn import (
 )
 from .head import DenseHead, map_size
 from .regions import log_scalar
+from .terms import assigned_losses
 
 __all__ = ["DenseProposals", "ProbabilisticROIHeads", "geometric_mean", "probability_logits"]
 
@@ -144,13 +144,8 @@ class DenseProposals(nn.Module):
     ) -> dict[str, Tensor]:
         """``loss_rpn_*`` of each term, from the head's maps, in float32 or wider."""
         objects = [_without_class(x) for x in gt_instances]
-        with torch.autocast(predictions.boxes.device.type, enabled=False):
-            levels = [at_least_float32(x) for x in features[-len(predictions.level_sizes) :]]
-            targets = self.assigner(levels, predictions, objects)
-            losses = {
-                f"loss_rpn_{name.removeprefix('loss_')}": term(predictions, targets)
-                for name, term in self.losses.items()
-            }
+        named = {f"loss_rpn_{k.removeprefix('loss_')}": term for k, term in self.losses.items()}
+        targets, losses = assigned_losses(self.assigner, named, features, predictions, objects)
         positive = foreground(targets.labels, self.num_classes).sum()
         log_scalar("rpn/num_positives_per_image", positive / len(targets.labels))
         return losses

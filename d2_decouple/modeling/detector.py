@@ -12,9 +12,9 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..layers.precision import at_least_float32
 from ..structures import DensePredictions, DenseTargets, foreground
 from .head import DenseHead
+from .terms import assigned_losses
 
 __all__ = ["OneStageDetector"]
 
@@ -109,10 +109,9 @@ class OneStageDetector(DenseDetector):
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
         """Assign, then evaluate the named terms."""
-        with torch.autocast(predictions.boxes.device.type, enabled=False):
-            levels = [at_least_float32(x) for x in features[-len(predictions.level_sizes) :]]
-            targets = self.assigner(levels, predictions, gt_instances)
-            losses = {name: term(predictions, targets) for name, term in self.losses.items()}
+        targets, losses = assigned_losses(
+            self.assigner, self.losses, features, predictions, gt_instances
+        )
         self._log_positives(targets)  # last, since it waits for the device
         return losses
 

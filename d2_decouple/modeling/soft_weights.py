@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..layers.losses import loss_normalizer
 from ..layers.points import boxes_to_distances, soft_centerness
 from ..structures import DensePredictions, DenseTargets, foreground
+from .terms import quality_losses
 
 __all__ = ["SoftWeights", "WeightedQualityTerm", "positive_weights"]
 
@@ -130,13 +130,6 @@ class WeightedQualityTerm:
 
     def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
         """The scalar that is added to the loss."""
-        if predictions.quality is None or targets.quality is None:
-            raise ValueError(
-                "WeightedQualityTerm wants a quality from the predictor and from the assigner, and "
-                "one of them gives none; remove this term from losses"
-            )
-        losses = F.binary_cross_entropy_with_logits(
-            predictions.quality, targets.quality, reduction="none"
-        )
+        losses = quality_losses(self, predictions, targets)
         weights = positive_weights(targets, predictions.logits.shape[-1])
         return self.weight * (losses * weights).sum() / targets.cls_normalizer

@@ -4,14 +4,17 @@
 A term weighs, sums and divides; the arithmetic is in :mod:`d2_decouple.layers.losses`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from detectron2.structures import Instances
 from torch import Tensor
 
 from ..layers.losses import generalized_iou_loss, iou_loss, sigmoid_focal_loss
+from ..layers.precision import at_least_float32
 from ..structures import DensePredictions, DenseTargets, foreground
 from .selection import predicted_boxes
 
@@ -20,9 +23,11 @@ __all__ = [
     "GIoUTerm",
     "IoUTerm",
     "QualityTerm",
+    "assigned_losses",
     "coarse_targets",
     "loss_terms",
     "main_targets",
+    "quality_losses",
 ]
 
 
@@ -144,13 +149,39 @@ class QualityTerm:
 
     def __call__(self, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
         """The scalar that is added to the loss."""
-        if predictions.quality is None or targets.quality is None:
-            raise ValueError(
-                "QualityTerm wants a quality from the predictor and from the assigner, and one of "
-                "them gives none; remove this term from losses"
-            )
-        losses = F.binary_cross_entropy_with_logits(
-            predictions.quality, targets.quality, reduction="none"
-        )
+        losses = quality_losses(self, predictions, targets)
         positive = foreground(targets.labels, predictions.logits.shape[-1])
         return self.weight * (losses * positive).sum() / targets.cls_normalizer
+
+
+def quality_losses(term: Any, predictions: DensePredictions, targets: DenseTargets) -> Tensor:
+    """(N, R) binary cross entropy of the quality logits with their targets, of all locations.
+
+    Raises:
+        ValueError: one of the two has no quality; the message names ``term``.
+    """
+    if predictions.quality is None or targets.quality is None:
+        raise ValueError(
+            f"{type(term).__name__} wants a quality from the predictor and from the assigner, and "
+            "one of them gives none; remove this term from losses"
+        )
+    return F.binary_cross_entropy_with_logits(
+        predictions.quality, targets.quality, reduction="none"
+    )
+
+
+def assigned_losses(
+    assigner: Callable[..., DenseTargets],
+    terms: Mapping[str, Callable[[DensePredictions, DenseTargets], Tensor]],
+    features: Sequence[Tensor],
+    predictions: DensePredictions,
+    gt_instances: Sequence[Instances],
+) -> tuple[DenseTargets, dict[str, Tensor]]:
+    """The assigner's targets, and what each named term makes of them, in float32 or wider.
+
+    Of the head's input maps the assigner gets those that are predicted on.
+    """
+    with torch.autocast(predictions.boxes.device.type, enabled=False):
+        levels = [at_least_float32(x) for x in features[-len(predictions.level_sizes) :]]
+        targets = assigner(levels, predictions, gt_instances)
+        return targets, {name: term(predictions, targets) for name, term in terms.items()}
