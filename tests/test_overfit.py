@@ -15,6 +15,8 @@ RECIPES = {  # iterations
     "fcos_R_18_FPN_bccd": 110,
     "pdnet_R_18_FPN_bccd": 110,
     "tscode_atss_R_18_FPN_bccd": 110,
+    "salt_R_18_FPN_bccd": 180,
+    "sapd_R_18_FPN_bccd": 150,
     "decoupled_rcnn_R_18_FPN_bccd": 90,
 }
 PLATELETS = BCCD_CLASSES.index("Platelets")
