@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SALT-Net and DPE under SAPD's soft anchor weights in the small-data experiment."""
 
-from detectron2.config import LazyCall as L
-
-from d2_decouple.modeling import SoftWeights
-
+from ....configs.common.models.soft_weights import soften
 from ...SALT.configs.salt_R_18_FPN_bccd_dpe import (
     dataloader,
     lr_multiplier,
@@ -14,7 +11,4 @@ from ...SALT.configs.salt_R_18_FPN_bccd_dpe import (
 )
 
 # GFL's boxes are weighted by scores, whose sum is divided by whatever it is.
-model.assigner = L(SoftWeights)(host=model.assigner, box_minimum=1e-12)
-# Of the detector, one node further out.
-model.assigner.host.num_classes = "${...num_classes}"
-model.assigner.host.score = "${...selection.score}"
+soften(model, box_minimum=1e-12)

@@ -3,7 +3,7 @@
 
 from detectron2.config import LazyCall as L
 
-from d2_decouple.modeling import SoftWeights, WeightedQualityTerm
+from d2_decouple.modeling import WeightedQualityTerm
 
 from ....configs.baselines.fcos_R_50_FPN_1x import (
     dataloader,
@@ -12,7 +12,7 @@ from ....configs.baselines.fcos_R_50_FPN_1x import (
     optimizer,
     train,
 )
+from ....configs.common.models.soft_weights import soften
 
-model.assigner = L(SoftWeights)(host=model.assigner, exponent=1.0)
-model.assigner.host.num_classes = "${...num_classes}"  # of the detector, one node further out
+soften(model, exponent=1.0)
 model.losses.loss_quality = L(WeightedQualityTerm)()
