@@ -176,10 +176,10 @@ class COCOContent:
         self, folder: Path, ids: dict[int, int], part: Part | None = None
     ) -> list[dict[str, Any]]:
         """Dataset dicts of the images, or of a part of them; boxes as annotated, but xyxy."""
-        # By file name: ids may be given anew when annotations are exported again.
-        names = {image["file_name"] for image in self.images}
+        # By name: ids may be given anew when annotations are exported again.
+        names = _part_names([image["file_name"] for image in self.images])
         chosen = names if part is None or not names else part.choose(names)
-        images = [image for image in self.images if image["file_name"] in chosen]
+        images = [x for x, name in zip(self.images, names, strict=True) if name in chosen]
         try:
             with _no_collection():
                 return [self._record(image, folder, ids) for image in images]
@@ -194,6 +194,15 @@ class COCOContent:
             "width": image["width"],
             "annotations": [_object(item, ids) for item in self.annotations.get(image["id"], ())],
         }
+
+
+def _part_names(files: list[str]) -> list[str]:
+    """What a part is chosen by: names without suffix, where they tell the images apart.
+
+    So the same images are held out as of a VOC or YOLO folder, which know them by that name.
+    """
+    short = [os.path.splitext(file)[0] for file in files]
+    return short if len(set(short)) == len(set(files)) else files
 
 
 def read_coco(json_file: str | os.PathLike[str]) -> COCOContent:
