@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
@@ -38,6 +37,7 @@ from .engine.defaults import use_defaults
 from .engine.inference_config import yacs_config
 from .engine.methods import METHODS, SIZES, chosen_recipe, resize_network
 from .engine.own_data import best_checkpoint, use_folder, use_folder_yacs
+from .engine.processes import meeting
 from .engine.train import distributed, load_weights
 
 _SMALL_RECIPE = "fcos_R_18_FPN_bccd"  # learns from a few dozen images, without pretrained weights
@@ -169,13 +169,10 @@ def _in_torchrun(args: argparse.Namespace) -> int:
         )
     if on_gpu:
         torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
+    with meeting("nccl" if on_gpu else "gloo"):
         if hasattr(comm, "create_local_process_group"):  # newer Detectron2 only
             comm.create_local_process_group(processes)
         run(args, recipe)
-    finally:
-        dist.destroy_process_group()
     return 0
 
 

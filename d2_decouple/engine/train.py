@@ -18,7 +18,9 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import Checkpointer, CheckpointError
+from ..config import ConfigError
 from ..data.loader import DataError
+from .failures import enough_disk
 from .hooks import EarlyStop, Evaluating, Progress, Saving, forget_after
 from .recipe import Recipe
 from .trainer import Average, BatchError, Trainer
@@ -42,6 +44,43 @@ class _Watched:
             # Of several processes one alone must not leave: the others would wait for it.
             if self._trainer.signalled and comm.get_world_size() == 1:
                 raise self._trainer.stopped()
+            yield batch
+
+
+class _Readable:
+    """A test loader that names the test set whose image cannot be read."""
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self._loader, self._name = loader, name
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (ConfigError, DataError):
+                raise
+            except (EOFError, OSError, SyntaxError, ValueError) as error:
+                # Of a worker's error the last line is the error, what is before it a traceback.
+                reason = str(error).strip().rsplit("\n", 1)[-1]
+                raise DataError(
+                    f"an image of the test set {self._name!r} cannot be read: {reason}. Mend it, "
+                    "or take it out of its split; `python -m d2_decouple.data.checks DIR` lists "
+                    "all faults of a folder. A training goes on with --resume"
+                ) from error
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise DataError(
+                    f"a process that loads test images died: {error}. Type "
+                    "dataloader.test.num_workers=0 (yacs: DATALOADER.NUM_WORKERS 0) to load them "
+                    "without such processes. A training goes on with --resume"
+                ) from error
             yield batch
 
 
@@ -77,7 +116,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         empty on all processes but the first.
 
     Raises:
-        TrainingError: a loss became infinite or NaN (:class:`TrainingStoppedError`: a signal came).
+        TrainingError: a loss became infinite or NaN, or the memory or the disk is full
+            (:class:`TrainingStoppedError`: a signal came).
         DataError: an image could not be loaded; the state before it is saved.
         CheckpointError: a checkpoint could not be read or written.
     """
@@ -113,7 +153,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     if comm.is_main_process():
         trainer.register_hooks([hooks.PeriodicWriter(_writers(recipe, start), recipe.log_period)])
         _logger.info("Training from iteration %d to %d", start, recipe.max_iter)
-    _run(trainer, checkpointer, start, recipe.max_iter)
+    with enough_disk(recipe.output_dir, recipe.type_output_dir.format("FOLDER")):
+        _run(trainer, checkpointer, start, recipe.max_iter)
     return results
 
 
@@ -208,10 +249,14 @@ def evaluate(
         recipe: names the test sets.
         model: what is evaluated.
         wrap: what is put around each test loader.
+
+    Raises:
+        DataError: a test image cannot be read.
     """
     results = {}
     for name, loader, evaluator in recipe.evaluations():
-        results[name] = inference_on_dataset(recipe.evaluated(model), wrap(loader), evaluator)
+        images = wrap(_Readable(loader, name))
+        results[name] = inference_on_dataset(recipe.evaluated(model), images, evaluator)
         if comm.is_main_process():
             _logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])

@@ -10,8 +10,10 @@ import logging
 import random
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,11 +32,13 @@ from torch.optim.swa_utils import AveragedModel
 from ..checkpoint import CheckpointError
 from ..data.loader import DataError
 from .errors import TrainingError, TrainingStoppedError
+from .failures import LOWER, enough_memory, not_finite
 from .signals import StopRequest
 
 __all__ = ["Average", "BatchError", "Loader", "Trainer", "unwrapped"]
 
 _logger = logging.getLogger(__name__)
+_KEPT = 1000  # numbers of a kind, as many as the longest median that is written down
 
 
 class BatchError(DataError):
@@ -107,6 +112,16 @@ class Average:
                 mean.copy_(value)
 
 
+class _Storage(EventStorage):
+    """Detectron2's, which would keep every number of a training: here the last thousands."""
+
+    def __init__(self, start_iter: int) -> None:
+        super().__init__(start_iter)
+        self._history: dict[str, HistoryBuffer] = defaultdict(
+            partial(HistoryBuffer, max_length=_KEPT)
+        )
+
+
 class Trainer(TrainerBase):
     """Detectron2's trainer base with accumulation, clipping, averaging and mixed precision.
 
@@ -152,12 +167,12 @@ class Trainer(TrainerBase):
 
         Raises:
             TrainingStoppedError: a signal came.
-            TrainingError: a loss or a gradient is not finite.
+            TrainingError: a loss or a gradient is not finite, or the memory is full.
             BatchError: a batch cannot be loaded, in whichever process.
         """
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
-        with EventStorage(start_iter) as self.storage, self._request.listening():
+        with _Storage(start_iter) as self.storage, self._request.listening():
             try:
                 self.before_train()
                 for self.iter in range(start_iter, max_iter):
@@ -187,7 +202,8 @@ class Trainer(TrainerBase):
         self.optimizer.zero_grad()
         mean: dict[str, float] = {}
         for batch in batches:
-            with _synchronized(self.model, batch is batches[-1]):
+            enough = enough_memory(len(batch), self._accumulate)
+            with enough, _synchronized(self.model, batch is batches[-1]):
                 losses = self._losses(batch)
                 for name, value in self._finite(losses, batch).items():
                     mean[name] = mean.get(name, 0.0) + value / len(batches)
@@ -217,6 +233,7 @@ class Trainer(TrainerBase):
         state["scaler"] = self._scaler.state_dict()
         state["seed"] = self._loader.seed
         state["accumulate"] = self._accumulate
+        state["images"] = self._step_images()
         state["average_updates"] = self.average.updates if self.average else 0
         return state
 
@@ -229,19 +246,35 @@ class Trainer(TrainerBase):
         super().load_state_dict(state)
         schedules = [getattr(hook, "_scheduler", None) for hook in self._hooks]
         _restore(self.optimizer, state.get("optimizer", {}), schedules)
-        if state.get("accumulate", self._accumulate) != self._accumulate:
-            _logger.warning(
-                "The checkpoint's steps had %d batches each, these have %d: some images come "
-                "again, or are left out, in this epoch",
-                state["accumulate"],
-                self._accumulate,
-            )
+        self._compare_steps(state)
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
         if state.get("seed") is not None:
             self._loader.seed = state["seed"]
         if self.average:
             self.average.updates = state.get("average_updates", 0)
+
+    def _step_images(self) -> int | None:
+        """Images of a step, all processes together; None if the loader does not say."""
+        batch_size = getattr(self._loader, "batch_size", None)
+        if batch_size is None:
+            return None
+        return batch_size * comm.get_world_size() * self._accumulate
+
+    def _compare_steps(self, state: Mapping[str, Any]) -> None:
+        """A step's number says which images were seen, if all steps had as many."""
+        unit, before, now = "images", state.get("images"), self._step_images()
+        if before is None or now is None:
+            unit, now = "batches", self._accumulate
+            before = state.get("accumulate", now)
+        if before != now:
+            _logger.warning(
+                "The checkpoint's steps had %d %s each, these have %d: some images come again, or "
+                "are left out, in this epoch",
+                before,
+                unit,
+                now,
+            )
 
     def _load(self) -> list[list[dict[str, Any]]]:
         """The batches of a step; processes agree on whether all have theirs."""
@@ -278,7 +311,7 @@ class Trainer(TrainerBase):
         if not np.isfinite(values).all():
             own_values = dict(zip(losses, own.tolist(), strict=True))
             rate = self.optimizer.param_groups[0]["lr"]
-            raise TrainingError(_not_finite(own_values, batch, self.iter, rate, self._failures))
+            raise TrainingError(not_finite(own_values, batch, self.iter, rate, self._failures))
         return mean
 
     def _update(self) -> None:
@@ -291,7 +324,7 @@ class Trainer(TrainerBase):
             elif not self._scaler.is_enabled():  # which leaves such a step out
                 raise TrainingError(
                     f"the gradients became infinite or NaN at iteration {self.iter}, though the "
-                    f"losses are finite. The weights were not updated with them; {_LOWER}"
+                    f"losses are finite. The weights were not updated with them; {LOWER}"
                 )
         self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -350,49 +383,3 @@ def _restore(optimizer: torch.optim.Optimizer, state: Any, schedules: Sequence[A
         if isinstance(schedule, LRScheduler):
             schedule.base_lrs = list(rates)
     _logger.info("The learning rate is now %g; the checkpoint's was %g", rates[0], stored[0])
-
-
-_LOWER = (
-    "lower the rate: type optimizer.lr=0.001 (yacs: SOLVER.BASE_LR 0.001), or clip gradients: "
-    "train.max_grad_norm=10 (yacs: SOLVER.CLIP_GRADIENTS.ENABLED True); with --resume it goes on "
-    "from the last checkpoint"
-)
-
-
-def _not_finite(
-    losses: dict[str, float],
-    batch: list[dict[str, Any]],
-    iteration: int,
-    rate: float,
-    folder: Path,
-) -> str:
-    """What to say of a loss that is not finite, once its batch is saved."""
-    terms = [name for name, value in losses.items() if not np.isfinite(value)]
-    if not terms:
-        return f"a loss became infinite or NaN in another process at iteration {iteration}"
-    images = [str(item.get("image_id", item.get("file_name"))) for item in batch]
-    file = folder / f"not_finite_{iteration:07d}_rank{comm.get_rank()}.pth"
-    kept = f"the batch is in {file}"
-    try:
-        torch.save({"iteration": iteration, "losses": losses, "batch": _plain(batch)}, file)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-        kept = f"the batch could not be saved in {file} ({error})"
-    listed = ", ".join(f"{name} = {value:g}" for name, value in losses.items())
-    return (
-        f"{' and '.join(terms)} became infinite or NaN at iteration {iteration} ({listed}), "
-        f"learning rate {rate:g}, images {', '.join(images)}. The weights were not updated with "
-        f"it; {kept}. Look at these images' annotations, or {_LOWER}"
-    )
-
-
-def _plain(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A batch as tensors and plain values, which can be loaded without running code."""
-    plain = []
-    for item in batch:
-        kept = {k: v for k, v in item.items() if isinstance(v, Tensor | str | int | float)}
-        if "instances" in item:
-            truth = item["instances"]
-            kept["gt_boxes"] = truth.gt_boxes.tensor
-            kept["gt_classes"] = truth.gt_classes
-        plain.append(kept)
-    return plain
