@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from d2_decouple.config import get_config
+from d2_decouple.modeling import FPN
 
 WIDTH = 64  # the least that GroupNorm's 32 groups can normalise on a map of one cell
 REGIONS = 64  # of an image that a branch of a two-stage detector learns from
@@ -49,9 +50,18 @@ def tiny(cfg: Any, *, num_classes: int = 3, convs: int = 1) -> Any:
     convolutions, branches at most ``REGIONS`` regions, and there are ``num_classes`` classes.
     """
     model = cfg.model
+    if "bottom_up" not in model.backbone:  # ViTDet's pyramid, of one map, becomes a plain one
+        model.backbone = L(FPN)(
+            bottom_up={},
+            in_features=["res3", "res4", "res5"],
+            out_channels=WIDTH,
+            top_block=model.backbone.top_block,
+            passed_on=[],
+        )
     bottom_up = model.backbone.bottom_up
     model.backbone.bottom_up = L(tiny_resnet)(
-        norm=bottom_up.stem.norm, freeze_at=bottom_up.freeze_at
+        norm=bottom_up.stem.norm if "stem" in bottom_up else "FrozenBN",
+        freeze_at=bottom_up.get("freeze_at", 2),
     )
     _narrow(model)
     if "roi_heads" in model:

@@ -20,6 +20,7 @@ from detectron2.modeling.backbone import ResNet
 from torch import Tensor, nn
 
 from .errors import CheckpointError, listed
+from .networks import fit_network
 from .res2net import holds_res2net, res2net_name
 
 _listed = partial(listed, most=3)
@@ -122,14 +123,14 @@ def fit_backbone(
     """A checkpoint with a backbone's weights brought to the names and the input of ``model``.
 
     Recognised are a ResNet of torchvision or timm, a Res2Net of its authors, timm or mmdetection,
-    Detectron2's own with or without a part of its prefix, and Detectron2's converted copy of
-    torchvision's. Everything else, above all the checkpoint of a whole detector, is handed back
-    as it is.
+    Detectron2's own with or without a part of its prefix, Detectron2's converted copy of
+    torchvision's, and the file of another network alone (:mod:`.networks`). Everything else, above
+    all the checkpoint of a whole detector, is handed back as it is.
 
     Args:
         checkpoint: :func:`unwrap`'s; ``matching_heuristics`` and ``__author__`` as in Detectron2.
-        model: a detector with one Detectron2 ``ResNet``, ``pixel_mean``, ``pixel_std`` and
-            ``input_format``.
+        model: a detector; one on a ResNet has one Detectron2 ``ResNet``, ``pixel_mean``,
+            ``pixel_std`` and ``input_format``.
         filename: where it was read; a ``config.json`` of timm beside it says the normalization.
 
     Raises:
@@ -139,7 +140,7 @@ def fit_backbone(
     state = {name.removeprefix("module."): x for name, x in checkpoint["model"].items()}
     resnets = [(name, m) for name, m in model.named_modules() if isinstance(m, ResNet)]
     if len(resnets) != 1:
-        return checkpoint
+        return fit_network(checkpoint, state, model)
     name, resnet = resnets[0]
     prefix = f"{name}." if name else ""
     if "conv1_w" in state:

@@ -15,6 +15,7 @@ import torch
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 
 from ..config import nearest
+from .download import download, parse_address
 from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError
 
 __all__ = ["local_file", "read_safetensors"]
@@ -34,6 +35,8 @@ _CATALOGUE = tuple(
 )
 # Not resnet50d, resnext26ts or resnet50_clip, which are other networks; of the Res2Nets those
 # with a deep stem.
+# Folders of Detectron2's model zoo, and one name below.
+_ZOO_NAME = re.compile(r"(COCO|Cityscapes|Detectron1|LVIS|Misc|PascalVOC)[\w-]*/[\w.-]+")
 _RESNET = re.compile(r"(wide_)?resne(t|xt)\d+(_(?!clip)\w+)?|res2net\d+d")
 
 
@@ -43,7 +46,10 @@ def local_file(source: str) -> str:
     * ``torchvision://resnet50``: torchvision's best ResNet-50; ``torchvision://resnet50.NAME``
       the weights of that name, such as ``IMAGENET1K_V1``.
     * ``timm://resnet50.a1_in1k``: timm's model and tag; needs the package timm.
-    * ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, ``https://...``: as in Detectron2.
+    * ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, ``https://...``: as in Detectron2, with
+      ``#sha256=...`` behind it compared with that hash (:mod:`.download`).
+    * ``COCO-Detection/retinanet_R_50_FPN_1x``: a model of Detectron2's zoo, with or without
+      ``.yaml``, unless there is a file of that name.
     * anything else is a path, and handed back; so is an address with a query ("?"), which
       Detectron2 reads itself.
 
@@ -52,9 +58,11 @@ def local_file(source: str) -> str:
             fetched.
     """
     scheme, separator, name = source.partition("://")
-    if not separator or "?" in source:
+    if "?" in source or not (separator or _is_zoo_name(source)):
         return source
-    if scheme == "torchvision":
+    if not separator:
+        file = _zoo_file(source)
+    elif scheme == "torchvision":
         file = _torchvision_file(source, name)
     elif scheme == "timm":
         file = _timm_file(source, name)
@@ -128,19 +136,46 @@ def _timm_file(source: str, name: str) -> str:
         raise _unreachable(source, where, error) from error
 
 
+def _is_zoo_name(source: str) -> bool:
+    return bool(_ZOO_NAME.fullmatch(source)) and not Path(source).exists()
+
+
+def _zoo_file(source: str) -> str:
+    from detectron2 import model_zoo
+
+    try:
+        url = model_zoo.get_checkpoint_url(source)
+    except RuntimeError as error:  # how the zoo says "unknown"
+        urls = getattr(model_zoo.model_zoo, "_ModelZooUrls", None)
+        known = getattr(urls, "CONFIG_PATH_TO_URL_SUFFIX", {})
+        raise _unknown(source, known, " (nor is there such a file)") from error
+    try:
+        return str(download(url, called=source))
+    except HTTPError as error:
+        raise _unreachable(source, url, error) from error
+
+
 def _detectron2_file(source: str) -> str:
     handler: Any = Detectron2Handler
+    url = source.replace(handler.PREFIX, handler.S3_DETECTRON2_PREFIX, 1)
+    if not url.startswith(("http://", "https://")):
+        return _catalogue_file(source)
+    try:
+        return str(download(url, called=source))
+    except HTTPError as error:
+        if source.startswith(handler.PREFIX) and parse_address(source).url not in _CATALOGUE:
+            raise _unknown(source, _CATALOGUE, f" ({error})") from error
+        raise _unreachable(source, url, error) from error
+
+
+def _catalogue_file(source: str) -> str:
+    """Of Detectron2's old ``catalog://``, or of a scheme that nobody knows."""
     try:
         file = PathManager.get_local_path(source)
-    except (KeyError, RuntimeError) as error:  # how Detectron2's old catalogue says "unknown"
+    except (KeyError, RuntimeError) as error:  # how that catalogue says "unknown"
         raise _unknown(source, _CATALOGUE) from error
-    except HTTPError as error:
-        if source.startswith(handler.PREFIX) and source not in _CATALOGUE:
-            raise _unknown(source, _CATALOGUE, f" ({error})") from error
-        raise _unreachable(source, source, error) from error
     except OSError as error:
-        url = source.replace(handler.PREFIX, handler.S3_DETECTRON2_PREFIX)
-        raise _unreachable(source, url, error) from error
+        raise _unreachable(source, source, error) from error
     if not Path(file).is_file():
         raise _unknown(source, (f"{scheme}://" for scheme in _SCHEMES))
     return str(file)

@@ -63,7 +63,7 @@ class GridPoints:
 
     def __call__(self, cells: Tensor, coarse: Tensor, offsets: Tensor) -> Tensor:
         """As :class:`Points` says."""
-        return cells[:, None].expand(len(coarse), len(cells), self.num_points, 2)
+        return cells[:, None].expand(coarse.shape[0], cells.shape[0], self.num_points, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

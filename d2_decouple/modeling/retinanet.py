@@ -98,7 +98,7 @@ class RetinaNetPredictor(nn.Module):
             x[:, None].expand(-1, self.anchors_per_cell, *x.shape[1:]).flatten(0, 1)
             for x in (grid.locations, grid.strides)
         )
-        half = self.half_sides.to(locations.dtype).repeat(len(grid.cells), 1)
+        half = self.half_sides.to(locations.dtype).repeat(grid.cells.shape[0], 1)
         reach = half * strides[:, None]
         priors = torch.cat((locations - reach, locations + reach), dim=-1)
         return DensePredictions(

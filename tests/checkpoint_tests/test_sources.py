@@ -10,7 +10,6 @@ import urllib.request
 
 import pytest
 import torch
-from detectron2.utils.file_io import PathManager
 
 from d2_decouple.checkpoint import sources
 from d2_decouple.checkpoint.errors import CheckpointError, DamagedCheckpointError
@@ -33,7 +32,9 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints"
 
 
-@pytest.mark.parametrize("path", ["weights.pth", "/a/b.pkl", "", "https://host/x.pth?dl=1"])
+@pytest.mark.parametrize(
+    "path", ["weights.pth", "/a/b.pkl", "", "https://host/x.pth?dl=1", "runs/a.pth"]
+)
 def test_paths_and_queries_stay(path):
     assert local_file(path) == path
 
@@ -94,28 +95,34 @@ def test_a_misspelt_name_is_answered_with_the_nearest(source, nearest, hub):
 def test_detectron2s_catalogue(monkeypatch, tmp_path):
     known = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
     (tmp_path / "R-50.pkl").touch()
-    monkeypatch.setattr(PathManager, "get_local_path", lambda path: str(tmp_path / "R-50.pkl"))
+    asked = []
+
+    def kept(url, called):
+        asked.append((url, called))
+        return tmp_path / "R-50.pkl"
+
+    monkeypatch.setattr(sources, "download", kept)
     assert local_file(known) == str(tmp_path / "R-50.pkl")
+    folder = "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA"
+    assert asked == [(f"{folder}/R-50.pkl", known)]
 
-    def missing(path):
-        raise urllib.error.HTTPError(path, 403, "Forbidden", None, None)
+    def missing(url, called):
+        raise urllib.error.HTTPError(url, 403, "Forbidden", None, None)
 
-    monkeypatch.setattr(PathManager, "get_local_path", missing)
+    monkeypatch.setattr(sources, "download", missing)
     with pytest.raises(CheckpointError, match=r"R50\.pkl is no .* \(.*403.*MSRA/R-50\.pkl'"):
         local_file("detectron2://ImageNetPretrained/MSRA/R50.pkl")
     with pytest.raises(CheckpointError, match=r"R-50\.pkl could not be fetched"):
         local_file(known)
 
 
-def test_detectron2s_catalogue_without_a_network(monkeypatch):
-    def offline(path):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(PathManager, "get_local_path", offline)
+def test_detectron2s_catalogue_without_a_network(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError) as raised:
         local_file("detectron2://ImageNetPretrained/MSRA/R-50.pkl")
-    assert "could not be fetched" in str(raised.value)
-    assert "(that is https://dl.fbaipublicfiles.com/detectron2/ImageNetPr" in str(raised.value)
+    assert "detectron2://ImageNetPretrained/MSRA/R-50.pkl could not be" in str(raised.value)
+    place = "dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/R-50.pkl"
+    assert f"bring the file https://{place} here and put it to {tmp_path}" in str(raised.value)
 
 
 def fake_timm(monkeypatch, tmp_path):
