@@ -23,7 +23,8 @@ from .analysis import (
     summarise,
 )
 from .config import ConfigError
-from .data import register_bccd, register_folder, require_dataset
+from .data import DataError, register_bccd, register_folder, require_dataset
+from .data.foreign import read_json
 from .data.images import ImageError, read_rgb
 from .engine import EXPECTED_ERRORS
 from .engine.predictor import Predictor
@@ -212,9 +213,9 @@ def _progress(text: str) -> None:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{file} is not JSON: {error}") from error
+        return read_json(file)
+    except DataError as error:
+        raise EvaluationError(f"{file} is not JSON that is read here: {error}") from error
 
 
 def _where(device: str | None) -> str:

@@ -2,7 +2,6 @@
 """Detectron2's checkpointer that never loses a checkpoint and counts what fitted of one."""
 
 import logging
-import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from .backbones import fit_backbone, unwrap
 from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError, listed
 from .files import read_torch_file, reading, write_whole
+from .foreign import check_weights, read_arrays
 from .sources import local_file, read_safetensors
 
 _listed = partial(listed, most=6)
@@ -154,18 +154,24 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None  # newer Detectron2 refuses to load after a failure
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        return fit_backbone(unwrap(self._read_file(filename)), self.model, filename=filename)
+        content = unwrap(self._read_file(filename))
+        with reading(filename):
+            check_weights(content)
+        return fit_backbone(content, self.model, filename=filename)
 
     def _read_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".safetensors"):
             return dict(read_safetensors(filename))
         if not filename.endswith(".pkl"):
             return read_torch_file(filename)
-        # Arrays and plain containers only: a file from elsewhere must not run code.
         with reading(filename):
-            with open(filename, "rb") as file:
-                _PlainUnpickler(file, encoding="latin1").load()
-            return super()._load_file(filename)
+            content = read_arrays(filename)
+            if "model" in content and "__author__" in content:
+                return dict(content)
+            # Caffe2's names, of Detectron's own days; Detectron2 matches them by their ends.
+            blobs = content.get("blobs", content)
+            state = {name: x for name, x in blobs.items() if not name.endswith("_momentum")}
+        return {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
 
     def _load_model(self, checkpoint: Any) -> Any:
         going_on = self._resuming and self.checkpointables
@@ -236,29 +242,6 @@ class Checkpointer(DetectionCheckpointer):
         for name in [name for name in weights if _CLASS_LAYER in name.split(".")]:
             del weights[name]
         return f"; the classes differ ({both}), so the class layer begins anew"
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Refuses everything but NumPy arrays in plain containers."""
-
-    _ALLOWED = frozenset(
-        {
-            ("_codecs", "encode"),
-            ("collections", "OrderedDict"),
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            *(
-                (f"numpy.{core}.multiarray", name)
-                for core in ("core", "_core")
-                for name in ("_reconstruct", "scalar")
-            ),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is not an array")
-        return super().find_class(module, name)
 
 
 def _with_shapes(name: str, file: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> str:

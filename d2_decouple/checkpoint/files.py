@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError, DamagedCheckpointError
+from .foreign import check_tensors, check_torch_file
 
 __all__ = ["read_torch_file", "reading", "write_whole"]
 
@@ -31,7 +33,9 @@ _DAMAGED = (
     ValueError,
     pickle.UnpicklingError,
     struct.error,
+    zipfile.BadZipFile,
 )
+_LONGEST = 2000  # letters; names in a damaged file may be as long as the file
 
 
 @contextmanager
@@ -42,20 +46,23 @@ def reading(filename: str) -> Iterator[None]:
     except _DAMAGED as error:
         raise DamagedCheckpointError(
             f"{filename} cannot be read as a checkpoint: it is damaged, cut off, or holds "
-            f"more than tensors ({error}); save or copy it again"
+            f"more than tensors ({str(error)[:_LONGEST]}); save or copy it again"
         ) from error
 
 
 def read_torch_file(filename: str) -> dict[str, Any]:
     """The dict that ``torch.save`` wrote: tensors and plain containers only, on the CPU.
 
-    A file from elsewhere must not run code, so one that holds other objects is refused.
+    A file from elsewhere must not run code, nor take more memory than it is long, so one that
+    holds other objects, is packed, or has tensors of 1 GiB more than the file is refused.
 
     Raises:
         DamagedCheckpointError: the file is no such file, or only a part of one.
     """
     with reading(filename):
+        check_torch_file(filename)
         loaded = torch.load(filename, map_location="cpu", weights_only=True)
+        check_tensors(loaded)
     if not isinstance(loaded, dict):
         raise DamagedCheckpointError(
             f"{filename} holds a {type(loaded).__name__}; wanted is a dict of tensors by "
@@ -86,9 +93,12 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
             os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-        unfinished.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
+        try:
+            unfinished.unlink(missing_ok=True)
+            room = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free there"
+        except OSError as other:  # the folder itself is gone, or is none
+            room = f"nothing can be written there: {other.strerror}"
         raise CheckpointError(
-            f"{path} could not be written ({error}; {free:.0f} MiB are free there). Files written "
-            "before are whole: make room and try again; a training goes on with --resume"
+            f"{path} could not be written ({error}; {room}). Files written before are whole: make "
+            "room and try again; a training goes on with --resume"
         ) from error

@@ -9,18 +9,19 @@ and keys that detection does not need may be missing. Registering reads nothing.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
+from .foreign import LARGEST_SIDE, brief, read_json, unusable_name
 from .loader import DataError
 from .records import (
     Part,
@@ -214,6 +215,8 @@ def read_coco(json_file: str | os.PathLike[str]) -> COCOContent:
         _require(entry, {"id": int, "name": str}, f"{file}: a category")
         if not entry["name"].strip():
             raise DataError(f"{file}: category {entry['id']} has no name; write one")
+        if reason := unusable_name(entry["name"]):
+            raise DataError(f"{file}: category {entry['id']} needs another name: {reason}")
     categories = sorted(categories, key=lambda entry: entry["id"])
     for key in ("id", "name"):
         refuse_duplicates(
@@ -228,8 +231,13 @@ def read_coco(json_file: str | os.PathLike[str]) -> COCOContent:
         images=images,
         annotations=_annotations(tables["annotations"], {x["id"] for x in images}, names, file),
         categories=names,
-        parents={entry["id"]: str(entry.get("supercategory", "")) for entry in categories},
+        parents={entry["id"]: _parent(entry) for entry in categories},
     )
+
+
+def _parent(category: dict[str, Any]) -> str:
+    name = category.get("supercategory", "")
+    return str(name) if isinstance(name, str | int) else ""
 
 
 @contextmanager
@@ -250,15 +258,14 @@ def _no_collection() -> Iterator[None]:
 def _tables(file: Path) -> dict[str, list[Any]]:
     if not file.is_file():
         raise FileNotFoundError(f"no annotations {file}; put the COCO file there")
-    try:
-        with _no_collection():
-            content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {file} as JSON ({error}); export it again") from error
+    with _no_collection():
+        content = read_json(file)
     if not isinstance(content, dict) or any(
         not isinstance(content.get(key), list) for key in _TABLES
     ):
-        got = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        got = type(content).__name__
+        if isinstance(content, dict):
+            got = ", ".join(key[:40] for key in islice(content, 8))
         raise DataError(
             f"{file} is not in COCO's format: got {got or 'an empty object'}, wanted an object "
             f"with the lists {', '.join(_TABLES)}"
@@ -272,7 +279,7 @@ def _require(entry: Any, kinds: _Kinds, what: str) -> None:
         if not isinstance(value, kind) or isinstance(value, bool):
             wanted = " or ".join(x.__name__ for x in (kind if isinstance(kind, tuple) else (kind,)))
             raise DataError(
-                f"{what} has {key} {value!r}, wanted {wanted}; the whole entry: {str(entry)[:200]}"
+                f"{what} has {key} {brief(value)}, wanted {wanted}; the entry: {brief(entry)}"
             )
 
 
@@ -281,9 +288,10 @@ def _images(images: list[Any], file: Path) -> list[dict[str, Any]]:
     for image in images:
         _require(image, kinds, f"{file}: an image")
         contained(image["file_name"], f"{file}: file_name of image {image['id']!r}")
-        if min(image["width"], image["height"]) < 1:
+        sides = image["width"], image["height"]
+        if not all(1 <= side <= LARGEST_SIDE for side in sides):
             raise DataError(
-                f"{file}: image {image['file_name']!r} is {image['width']} x {image['height']}, "
+                f"{file}: image {image['file_name']!r} is {' x '.join(map(brief, sides))}, "
                 "wanted its size in pixels"
             )
     refuse_duplicates(
@@ -301,15 +309,15 @@ def _annotations(
     by_image: dict[Any, list[dict[str, Any]]] = {}
     for item in annotations:
         which = item.get("id") if isinstance(item, dict) else None
-        _require(item, kinds, f"{file}: annotation {which!r}")
         if not isinstance(which, int | str | None):
-            raise DataError(f"{file}: an annotation has id {which!r}, wanted int or str")
+            raise DataError(f"{file}: an annotation has id {brief(which)}, wanted int or str")
+        _require(item, kinds, f"{file}: annotation {which!r}")
         if item["category_id"] not in names:
             known = ", ".join(f"{key} {name}" for key, name in names.items())
             raise DataError(
-                f"{file}: annotation {which!r} names category {item['category_id']}, which is not "
-                f"declared; declared are: {known or 'none'}; add it to the categories, or correct "
-                "the annotation"
+                f"{file}: annotation {which!r} names category {brief(item['category_id'])}, which "
+                f"is not declared; declared are: {known or 'none'}; add it to the categories, or "
+                "correct the annotation"
             )
         if item["image_id"] not in images:
             raise DataError(
@@ -318,13 +326,13 @@ def _annotations(
             )
         if len(item["bbox"]) != 4 or not all(isinstance(x, int | float) for x in item["bbox"]):
             raise DataError(
-                f"{file}: annotation {which!r} has bbox {item['bbox']}, wanted four numbers: "
-                "x, y, width, height"
+                f"{file}: annotation {which!r} has bbox {brief(item['bbox'])}, wanted four "
+                "numbers: x, y, width, height"
             )
         for key in ("iscrowd", "ignore"):
             if item.get(key) not in (None, 0, 1):  # "0" would count as true
                 raise DataError(
-                    f"{file}: annotation {which!r} has {key} {item[key]!r}, wanted 0 or 1"
+                    f"{file}: annotation {which!r} has {key} {brief(item[key])}, wanted 0 or 1"
                 )
         by_image.setdefault(item["image_id"], []).append(item)
     refuse_duplicates(

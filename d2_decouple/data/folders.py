@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .coco import COCOContent, COCOSource, read_coco
+from .foreign import read_json
 from .loader import DataError
 from .records import IMAGE_SUFFIXES, Part, existing_folder, register_source, visible
 from .splits import SPLIT_WORDS, WHOLE, split_folders
@@ -179,8 +179,8 @@ def _is_coco(file: Path) -> bool:
     if "coco" in file.stem or file.stem.startswith("instances_"):
         return True
     try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        content = read_json(file)
+    except DataError:
         return True
     return isinstance(content, dict) and bool({"images", "annotations"} & content.keys())
 

@@ -9,13 +9,15 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from .findings import Finding, Split
-from .images import DECODING_ERRORS
+from .foreign import IMAGE_MIB, read_limited
+from .images import DECODING_ERRORS, IMAGE_FORMATS
 from .records import missing_files
 
 __all__ = ["ImageFacts", "check_images", "read_facts"]
@@ -56,15 +58,18 @@ def read_facts(files: Iterable[str], *, decode: bool) -> Iterator[ImageFacts]:
     """
     read = _decoded if decode else _header
     remaining = iter(files)
-    # Threads: reading, hashing and decoding all leave the interpreter to the others.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        while batch := list(islice(remaining, _AT_ONCE)):
-            yield from pool.map(read, batch)
+    while batch := list(islice(remaining, _AT_ONCE)):
+        # Threads: reading, hashing and decoding all leave the interpreter to the others.
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            facts = list(pool.map(read, batch))
+        # None is alive here: whoever asks for no more would leave them to Python's search for
+        # cycles, which may come while another thread starts, and then both wait for ever.
+        yield from facts
 
 
 def _header(file: str) -> ImageFacts:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             return _facts(image)
     except _UNREADABLE as error:
         return ImageFacts(error=_reason(error))
@@ -72,9 +77,8 @@ def _header(file: str) -> ImageFacts:
 
 def _decoded(file: str) -> ImageFacts:
     try:
-        with open(file, "rb") as stream:
-            content = stream.read()
-        with Image.open(io.BytesIO(content)) as image:
+        content = read_limited(Path(file), IMAGE_MIB)
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             facts = _facts(image)
             image.load()
     except _UNREADABLE as error:

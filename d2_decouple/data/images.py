@@ -15,8 +15,20 @@ from typing import Any, Literal, TypeAlias
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-__all__ = ["DECODING_ERRORS", "ChannelOrder", "ImageError", "as_rgb", "read_pixels", "read_rgb"]
+from .foreign import IMAGE_MIB, read_limited
+from .loader import DataError
+
+__all__ = [
+    "DECODING_ERRORS",
+    "IMAGE_FORMATS",
+    "ChannelOrder",
+    "ImageError",
+    "as_rgb",
+    "read_pixels",
+    "read_rgb",
+]
 
 ChannelOrder: TypeAlias = Literal["BGR", "RGB"]
 
@@ -35,7 +47,12 @@ DECODING_ERRORS: tuple[type[Exception], ...] = (
 )
 """What Pillow's and OpenCV's decoders raise for files that are damaged, cut off or made up."""
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may take a file for, whatever its name says; a camera's MPO is a JPEG. Of some other
+kinds Pillow starts a program: of PostScript, Ghostscript."""
+
 _TIFF = (b"II*\0", b"MM\0*")
+_WIDTH, _HEIGHT = 256, 257  # tags of TIFF
 
 
 class ImageError(ValueError):
@@ -52,12 +69,14 @@ def read_rgb(path: str | Path) -> np.ndarray:
         (H, W, 3) uint8, red first.
 
     Raises:
-        ImageError: the file is missing, empty, damaged, cut off, no image, or declares so many
-            pixels that decoding it could exhaust the memory.
+        ImageError: the file is missing, empty, damaged, cut off, no image of ``IMAGE_FORMATS``, or
+            so large, or declares so many pixels, that decoding it could exhaust the memory.
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = read_limited(path, IMAGE_MIB)
+    except DataError as error:
+        raise ImageError(str(error)) from error
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror or error}") from error
     if not content:
@@ -148,10 +167,11 @@ def _as_uint8(array: np.ndarray, kind: str) -> np.ndarray:
 
 def _decode(content: bytes) -> np.ndarray:
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except Image.UnidentifiedImageError:
         if not content.startswith(_TIFF):
             raise
+        _refuse_many_pixels(content)
         return _decode_deep(content)  # Pillow knows no TIFF of 16-bit colours
     with image:
         deep = _is_deep_color(image)  # known only until Pillow decodes, as the next line can do
@@ -162,6 +182,20 @@ def _decode(content: bytes) -> np.ndarray:
     turned = Image.fromarray(rgb)
     turned.getexif()[ExifTags.Base.Orientation] = orientation
     return np.array(ImageOps.exif_transpose(turned))
+
+
+def _refuse_many_pixels(content: bytes) -> None:
+    """Pillow's limit for a TIFF that Pillow does not know; OpenCV's own is six times as high."""
+    stream = io.BytesIO(content)
+    tags = ImageFileDirectory_v2(stream.read(8))
+    stream.seek(tags.next)
+    tags.load(stream)
+    pixels = int(tags.get(_WIDTH, 0)) * int(tags.get(_HEIGHT, 0))
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or pixels)
+    if pixels > limit:
+        raise Image.DecompressionBombError(
+            f"Image size ({pixels} pixels) exceeds limit of {limit} pixels."
+        )
 
 
 def _is_deep_color(image: Image.Image) -> bool:

@@ -143,14 +143,17 @@ class TrainLoader:
             yield batch
 
     def _keys(self) -> Iterator[list[tuple[int, int]]]:
-        """This process's batches as lists of (position in the order, index of the image)."""
-        processes = comm.get_world_size()
+        """This process's batches as lists of (position in the order, index of the image).
+
+        All processes together have the same images in a step, however many they are.
+        """
+        processes, rank = comm.get_world_size(), comm.get_rank()
         buckets: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
-        for position, index in islice(enumerate(self._order()), comm.get_rank(), None, processes):
+        for position, index in enumerate(self._order()):
             bucket = buckets[bool(self._wide[index])]
             bucket.append((position, index))
-            if len(bucket) == self.batch_size:
-                yield list(bucket)
+            if len(bucket) == self.batch_size * processes:
+                yield bucket[rank::processes]
                 bucket.clear()
 
     def _order(self) -> Iterator[int]:

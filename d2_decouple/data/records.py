@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from .foreign import brief, unusable_name
 from .loader import DataError
 
 __all__ = [
@@ -157,13 +158,15 @@ def contained(name: str, where: str) -> str:
         where: which file, and which part of it, for the message.
 
     Raises:
-        DataError: an absolute path, or one with ``..``.
+        DataError: an absolute path, one with ``..``, or a name that no file can have.
     """
+    if reason := unusable_name(name):
+        raise DataError(f"{where} is {brief(name)}, which names no file: {reason}; correct it")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:
             raise DataError(
-                f"{where} is {name!r}: wanted a path inside the dataset's folder, neither absolute "
-                "nor with '..'; correct it, or link the image into the folder"
+                f"{where} is {brief(name)}: wanted a path inside the dataset's folder, neither "
+                "absolute nor with '..'; correct it, or link the image into the folder"
             )
     return name
 
@@ -173,7 +176,9 @@ def refuse_duplicates(values: Iterable[Hashable], what: str, remedy: str) -> Non
     counts = Counter(values)
     twice = [value for value, count in counts.items() if count > 1]
     if twice:
-        raise DataError(f"{what}: {len(twice)} come more than once, first {twice[0]!r}; {remedy}")
+        raise DataError(
+            f"{what}: {len(twice)} come more than once, first {brief(twice[0])}; {remedy}"
+        )
 
 
 def visible(files: Iterable[Path]) -> list[Path]:

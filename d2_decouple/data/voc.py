@@ -8,17 +8,17 @@ the first one who asks for its images is told where they were looked for.
 
 from __future__ import annotations
 
-import math
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
+from .foreign import ANNOTATION_MIB, LARGEST_SIDE, brief, read_limited, read_lines
 from .loader import DataError
 from .records import (
     IMAGE_SUFFIXES,
@@ -180,13 +180,6 @@ def image_files(folder: Path) -> list[Path]:
     return visible(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
-class _NoDoctype(ET.TreeBuilder):
-    """Refuses the declaration that every entity needs, before expat reads on into it."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> NoReturn:
-        raise ValueError("a DOCTYPE (and with it entities) is not accepted in annotations")
-
-
 def _image_folders(folder: Path) -> list[Path]:
     return [folder / name for name in _IMAGE_FOLDERS if (folder / name).is_dir()]
 
@@ -205,7 +198,7 @@ def _split_ids(folder: Path, split: str | None) -> list[str]:
             f"splits found there: {', '.join(known) or 'none'}"
         )
     # VOC's own per-class lists have a second column (1, 0, -1), which is of no use here.
-    lines = listing.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = read_lines(listing)
     ids = [contained(_first_word(line), f"{listing}: an id") for line in lines if line.strip()]
     if not ids:
         raise DataError(f"split {split!r} is empty: {listing} names no image; wanted one id a line")
@@ -222,8 +215,16 @@ def _first_word(line: str) -> str:
 def _parse(file: Path) -> ET.Element:
     if not file.is_file():
         raise FileNotFoundError(f"annotation {file} is missing, though its split lists {file.stem}")
+    content = read_limited(file, ANNOTATION_MIB)
+    # Before a parser gets it: older ones expand entities up to the end of what they were given,
+    # whatever a handler says. Without its zeros UTF-16 is found, too; other encodings keep ASCII.
+    if b"<!DOCTYPE" in content.replace(b"\0", b""):
+        raise DataError(
+            f"cannot read annotation {file}: a DOCTYPE (and with it entities) is not accepted in "
+            "annotations; take it out"
+        )
     try:
-        return ET.parse(file, ET.XMLParser(target=_NoDoctype())).getroot()
+        return ET.fromstring(content)
     except (ET.ParseError, ValueError, LookupError) as error:  # the last: an unknown encoding
         raise DataError(f"cannot read annotation {file}: {error}") from error
 
@@ -233,14 +234,16 @@ def _number(element: ET.Element, path: str, file: Path) -> float:
     try:
         return float(text or "")
     except ValueError as error:
-        raise DataError(f"{file}: <{path}> is {text!r}, wanted a number; correct it") from error
+        raise DataError(
+            f"{file}: <{path}> is {brief(text)}, wanted a number; correct it"
+        ) from error
 
 
 def _size(root: ET.Element, path: str, file: Path) -> int:
     value = _number(root, path, file)
-    if not math.isfinite(value) or value < 1:
+    if not 1 <= value <= LARGEST_SIDE:  # NaN is in no range
         raise DataError(
-            f"{file}: <{path}> is {root.findtext(path)!r}, wanted the image's size in pixels"
+            f"{file}: <{path}> is {brief(root.findtext(path))}, wanted the image's size in pixels"
         )
     return int(value)
 
@@ -285,8 +288,8 @@ def _load_object(item: ET.Element, file: Path, ids: dict[str, int]) -> dict[str,
     name = _name(item, file)
     if name not in ids:
         raise DataError(
-            f"{file}: unknown class {name!r}; known classes: {', '.join(ids)}; correct the file, "
-            "or register the dataset with a list of classes that has it"
+            f"{file}: unknown class {brief(name)}; known classes: {', '.join(ids)}; correct the "
+            "file, or register the dataset with a list of classes that has it"
         )
     x1, y1, x2, y2 = (_number(item, f"bndbox/{corner}", file) for corner in _CORNERS)
     return {

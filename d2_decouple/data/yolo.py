@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from .foreign import brief, read_lines, read_plain_yaml, unusable_name
 from .image_checks import read_facts
 from .loader import DataError
 from .records import (
@@ -162,7 +161,7 @@ def yolo_layout(folder: Path) -> YOLOLayout | None:
             f"{folder / 'classes.txt'} with one name a line, in the order of their numbers (or a "
             "data.yaml with names, train and val)"
         )
-    lines = names.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = read_lines(names)
     while lines and not lines[-1].strip():
         lines.pop()
     classes = _checked_names([line.strip() for line in lines], str(names))
@@ -176,11 +175,11 @@ def _yaml_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     """The yaml files at the top, with their content if that names classes and a split."""
     for file in visible([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            content = read_plain_yaml(file)
+        except DataError:
             if file.stem != "data":
                 continue
-            raise DataError(f"cannot read {file} as yaml: {error}; correct it") from error
+            raise
         named = isinstance(content, dict) and "names" in content and set(_KEYS) & content.keys()
         if file.stem == "data" and not named:
             raise DataError(
@@ -199,7 +198,7 @@ def _by_yaml(folder: Path, file: Path, content: dict[str, Any]) -> YOLOLayout:
     classes = _yaml_names(content["names"], file)
     count = content.get("nc", len(classes))
     if count != len(classes):
-        raise DataError(f"{file}: nc is {count!r}, but names has {len(classes)}; correct one")
+        raise DataError(f"{file}: nc is {brief(count)}, but names has {len(classes)}; correct one")
     base, notes = _base(folder, file, content.get("path"))
     sources: dict[str, YOLOSource] = {}
     for split in _KEYS:
@@ -224,16 +223,16 @@ def _base(folder: Path, file: Path, path: Any) -> tuple[Path, list[str]]:
     """What the splits' paths start from, below the folder; ``path`` is often another machine's."""
     if path in (None, "", ".", "./"):
         return folder, []
-    inside = _inside(folder, folder / str(path))
+    inside = _inside(folder, folder / str(path)) if isinstance(path, str | int) else None
     if inside is not None and inside.is_dir():
         return inside, []
-    return folder, [f"path {str(path)!r} in {file.name} is not followed: {folder} was given"]
+    return folder, [f"path {brief(path)} in {file.name} is not followed: {folder} was given"]
 
 
 def _place(folder: Path, base: Path, value: Any, where: str) -> str:
     """A folder or list that data.yaml names, as a path below the folder."""
     if not isinstance(value, str):
-        raise DataError(f"{where} is {value!r}, wanted the path of a folder of images")
+        raise DataError(f"{where} is {brief(value)}, wanted the path of a folder of images")
     # Some services write ../train/images beside data.yaml itself, and mean train/images.
     bare = value.replace("\\", "/")
     shorter = bare
@@ -245,34 +244,39 @@ def _place(folder: Path, base: Path, value: Any, where: str) -> str:
             return os.path.relpath(place, folder)
     if _inside(folder, base / bare) is None:
         raise DataError(
-            f"{where} is {value!r}, which leads out of {folder}; wanted a path inside of it, such "
-            "as images/train: correct it, or give the folder that holds both with --dataset"
+            f"{where} is {brief(value)}, which leads out of {folder}; wanted a path inside of it, "
+            "such as images/train: correct it, or give the folder that holds both with --dataset"
         )
     raise FileNotFoundError(
-        f"{where} is {value!r}, and there is no {base / shorter}; correct it, or put the images "
-        "there"
+        f"{where} is {brief(value)}, and there is no {base / shorter}; correct it, or put the "
+        "images there"
     )
 
 
 def _inside(folder: Path, path: Path) -> Path | None:
-    """The path without ``..``, or None if it is outside; links are not looked through."""
+    """The path without ``..``, or None if it is outside; links are not looked through.
+
+    It is None, too, for names that no file can have.
+    """
     plain = Path(os.path.normpath(path))
-    return plain if plain.is_relative_to(folder) else None
+    if not plain.is_relative_to(folder) or unusable_name(str(plain.relative_to(folder))):
+        return None
+    return plain
 
 
 def _yaml_names(names: Any, file: Path) -> tuple[str, ...]:
     if isinstance(names, Mapping):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        if any(isinstance(key, bool) for key in names) or {*names} != {*range(len(names))}:
             raise DataError(
-                f"{file}: names has the numbers {', '.join(map(str, names))}; wanted 0 to "
+                f"{file}: names has the numbers {brief([*names])[1:-1]}; wanted 0 to "
                 f"{len(names) - 1}, each once"
             )
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list):
-        raise DataError(f"{file}: names is {names!r}, wanted a list such as [cat, dog]")
+        raise DataError(f"{file}: names is {brief(names)}, wanted a list such as [cat, dog]")
     for name in names:
         if not isinstance(name, str | int | float) or isinstance(name, bool):
-            raise DataError(f"{file}: a name is read as {name!r}; put it in quotes")
+            raise DataError(f"{file}: a name is read as {brief(name)}; put it in quotes")
     return _checked_names([str(name).strip() for name in names], f"{file}: names")
 
 
@@ -281,6 +285,9 @@ def _checked_names(names: Sequence[str], where: str) -> tuple[str, ...]:
         raise DataError(f"{where} has no class; wanted one or more")
     if "" in names:
         raise DataError(f"{where}: class {names.index('')} has an empty name; write one")
+    for name in names:
+        if reason := unusable_name(name):
+            raise DataError(f"{where}: {brief(name)} is no name of a class: {reason}")
     refuse_duplicates(names, where, "give each class its own name")
     return tuple(names)
 
@@ -324,13 +331,17 @@ def _images_of(root: Path, place: str) -> list[Path]:
         raise FileNotFoundError(f"no folder of images {path}; put it there")
     # Of the given folder itself only what lies directly in it: below may be other sets.
     files = path.iterdir() if place == "." else path.rglob("*")
-    return visible(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    # A pipe of that name would be waited for; a link that leads nowhere is reported.
+    return visible(
+        file
+        for file in files
+        if file.suffix.lower() in IMAGE_SUFFIXES and (file.is_file() or not file.exists())
+    )
 
 
 def _listed(root: Path, listing: Path) -> list[Path]:
     files = []
-    lines = listing.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(listing), 1):
         name = line.strip().replace("\\", "/")
         if not name:
             continue
@@ -338,11 +349,13 @@ def _listed(root: Path, listing: Path) -> list[Path]:
         places = [place for start in starts if (place := _inside(root, start)) is not None]
         if not places:
             raise DataError(
-                f"{listing}, line {number}: {name!r} leads out of {root}; write the path from there"
+                f"{listing}, line {number}: {brief(name)} leads out of {root}; write the path from "
+                "there"
             )
         # Some tools begin with the name of the folder that shall be given.
-        places.append(root / name.partition("/")[2])
-        found = next((place for place in places if place.is_file()), None)
+        shorter = _inside(root, root / name.partition("/")[2])
+        candidates = [*places, *([] if shorter is None else [shorter])]
+        found = next((place for place in candidates if place.is_file()), None)
         if found is None:
             raise FileNotFoundError(
                 f"{listing}, line {number}: there is no image {places[0]}; put it there, or take "

@@ -10,6 +10,7 @@ from typing import Any
 
 from detectron2.structures import BoxMode
 
+from .foreign import ANNOTATION_MIB, read_limited, read_lines
 from .loader import DataError
 
 __all__ = ["label_file", "looks_labelled", "read_labels"]
@@ -31,7 +32,7 @@ def label_file(root: Path, image: Path) -> Path:
 
 def looks_labelled(file: Path) -> bool | None:
     """Whether a text file's first line ends in four numbers or more; None for an empty file."""
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    lines = read_lines(file)
     words = next((line.split() for line in lines if line.strip()), None)
     if words is None:
         return None
@@ -62,7 +63,7 @@ def read_labels(
     if not file.is_file():
         return []
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_limited(file, ANNOTATION_MIB).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is no text ({error}); {_WANTED} a line") from error
     return [

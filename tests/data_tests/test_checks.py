@@ -284,7 +284,9 @@ def test_detectron2s_own_coco_sets(tmp_path):
 def test_a_limit_spreads_the_images_that_are_opened(toys, monkeypatch):
     opened = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or real(file))
+    monkeypatch.setattr(
+        Image, "open", lambda file, **options: opened.append(file) or real(file, **options)
+    )
     check(toys, limit=5)
     assert [Path(file).stem[-2:] for file in sorted(opened)] == ["00", "09", "19", "29", "39"]
     opened.clear()
