@@ -96,7 +96,8 @@ def _voc(folder: Path, records: list[dict[str, Any]], classes: tuple[str, ...]) 
 
 
 def _coco(folder: Path, records: list[dict[str, Any]], classes: tuple[str, ...]) -> None:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, record in enumerate(records, 1):
         file = Path(record["file_name"]).name
         images.append(
