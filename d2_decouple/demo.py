@@ -14,6 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from .runtime import demo as exported
+
+if __name__ == "__main__" and exported.is_meant():
+    sys.exit(exported.main())  # before anything is imported that such a machine may not have
+
 import numpy as np
 from detectron2.structures import Instances
 from PIL import Image
@@ -66,6 +71,7 @@ examples:
       --input photo.jpg --output detections --show-context 2 --json
   python -m d2_decouple.demo --config-file fcos_R_50_FPN_1x --input photo.jpg --output detections \\
       --show-assignment --annotations objects.json --compare atss_R_50_FPN_1x gfl_R_50_FPN_1x:FILE
+  python -m d2_decouple.demo --model model.onnx --input photo.jpg --output detections --json
 
 Of a folder the images and videos that lie directly in it are taken; name others by a pattern, as
 in "FOLDER/**/*.jpg". The output folder gets NAME.jpg for an image (its longer side {_SIDES[0]} to
@@ -129,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 if nothing could be done, or some file could not be read.
     """
+    if exported.is_meant(arguments):
+        return exported.main(arguments)
     parser = _parser()
     args = parser.parse_args(arguments)
     if fault := check_options(args):
@@ -150,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config-file", required=True, metavar="NAME", help="a recipe's name, or a config file")
     add("--weights", metavar="FILE", help="the checkpoint of a training")
+    add("--model", metavar="FILE", help="in place of both: an exported model (.onnx), for images")
     add("--input", required=True, nargs="+", help="images, videos, folders or patterns")
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add("--score-thresh", type=_share, default=0.3, help="show detections above it (%(default)s)")

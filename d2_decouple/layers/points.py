@@ -80,7 +80,7 @@ def make_grid(
 ) -> Grid:
     """One :class:`Grid` over maps of the given (H, W) ``sizes`` and ``strides``."""
     cells = [grid_cells(size, device=device, dtype=dtype) for size in sizes]
-    level_sizes = tuple(len(level) for level in cells)
+    level_sizes = tuple(level.shape[0] for level in cells)
     per_cell = torch.cat(
         [
             torch.full((count,), float(stride), device=device, dtype=dtype)

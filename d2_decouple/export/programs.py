@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing an :class:`~.graph.ExportableDetector` into a file of one of three kinds."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.ops import DeformConv2d
+
+from ..runtime.model import DESCRIPTION
+from .description import ExportError
+from .graph import ExportableDetector
+from .translations import FreeSizes, translations, window_maximum
+
+__all__ = ["FORMATS", "LEAST_OPSET", "export_file", "traced"]
+
+LEAST_OPSET = 18
+_DEFORMABLE_OPSET = 19
+# Of the example image: no level of any pyramid has one cell in a direction, nor as many as another.
+_EXAMPLE = (2, 3, 300, 450)
+_EXTRAS = ("onnx", "onnxscript")
+
+
+def traced(graph: ExportableDetector, *, fixed_size: tuple[int, int] | None = None) -> Any:
+    """The graph as a ``torch.export.ExportedProgram``.
+
+    Args:
+        graph: what to trace.
+        fixed_size: (H, W) of the only images that it shall take, one at a time; by default any
+            number of images of any one size.
+    """
+    example = torch.zeros(_EXAMPLE if fixed_size is None else (1, 3, *fixed_size))
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    # Not under grad mode: the graph would be told to switch it off and on.
+    with torch.no_grad():
+        return torch.export.export(
+            graph, (example,), dynamic_shapes=None if fixed_size else {"image": free}, strict=False
+        )
+
+
+def export_file(
+    graph: ExportableDetector,
+    description: Mapping[str, Any],
+    file: Path,
+    *,
+    kind: str = "onnx",
+    opset: int = LEAST_OPSET,
+    fixed_size: tuple[int, int] | None = None,
+) -> None:
+    """Write a graph and its description into a file.
+
+    Args:
+        graph: of :func:`~.graph.exportable`.
+        description: of :func:`~.description.describe`.
+        file: is replaced.
+        kind: one of ``FORMATS``.
+        opset: of ONNX.
+        fixed_size: as in :func:`traced`.
+
+    Raises:
+        ExportError: an unknown kind, an opset that is too old, packages that are missing, or an
+            operator of the model that the kind does not have.
+    """
+    if kind not in FORMATS:
+        raise ExportError(f"--format is {kind!r}; wanted is one of {', '.join(FORMATS)}")
+    if opset < LEAST_OPSET:
+        raise ExportError(f"--opset is {opset}; wanted is {LEAST_OPSET} or newer")
+    if kind != "onnx" and graph.nms_inside:
+        raise ExportError(
+            f"--format {kind} has no suppression inside, which is an operator of ONNX; type "
+            "--nms outside"
+        )
+    if kind == "onnx":
+        _require_extras()
+        _require_operators(graph, opset)
+    with FreeSizes() if kind == "onnx" or fixed_size is None else nullcontext():
+        program = traced(graph, fixed_size=fixed_size)
+    targets = {node.target for node in program.graph.nodes}
+    if kind != "onnx" and window_maximum._opoverload in targets:
+        raise ExportError(
+            f"--format {kind} has no pooling to a size that is not known before (the backbone's "
+            "BFP); type --size H W, the size of images after resizing"
+        )
+    FORMATS[kind](program, graph, description, file, opset)
+
+
+def _require_extras() -> None:
+    missing = [name for name in _EXTRAS if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"for an ONNX file {' and '.join(missing)} must be installed; type: pip install "
+            f"{' '.join(missing)} onnxruntime"
+        )
+
+
+def _require_operators(graph: ExportableDetector, opset: int) -> None:
+    deformable = any(isinstance(module, DeformConv2d) for module in graph.modules())
+    if deformable and opset < _DEFORMABLE_OPSET:
+        raise ExportError(
+            f"the backbone has deformable convolutions, which ONNX has from opset "
+            f"{_DEFORMABLE_OPSET} on, and --opset is {opset}; type --opset {_DEFORMABLE_OPSET}"
+        )
+
+
+def _write_onnx(
+    program: Any, graph: ExportableDetector, description: Mapping[str, Any], file: Path, opset: int
+) -> None:
+    try:
+        with _quiet():
+            onnx_program: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=["image"],
+                output_names=list(graph.output_names),
+                custom_translation_table=translations(),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"the model cannot be written as ONNX: {error}") from error
+    onnx_program.model.metadata_props[DESCRIPTION] = json.dumps(description)
+    onnx_program.save(str(file))
+
+
+def _write_torch_export(
+    program: Any, graph: ExportableDetector, description: Mapping[str, Any], file: Path, opset: int
+) -> None:
+    torch.export.save(program, file, extra_files={DESCRIPTION: json.dumps(description)})
+
+
+def _write_aoti(
+    program: Any, graph: ExportableDetector, description: Mapping[str, Any], file: Path, opset: int
+) -> None:
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(file),
+        inductor_configs={"aot_inductor.metadata": {DESCRIPTION: json.dumps(description)}},
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says about itself."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+_Writer = Callable[[Any, ExportableDetector, Mapping[str, Any], Path, int], None]
+FORMATS: dict[str, _Writer] = {
+    "onnx": _write_onnx,
+    "torch-export": _write_torch_export,
+    "aoti": _write_aoti,
+}
+"""Kinds of files, and what writes them."""
