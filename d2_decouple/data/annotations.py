@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,8 @@ class _COCO(Annotations):
         """Of the image with the same name."""
         content = self._content
         name = _same_name(image, [x["file_name"] for x in content.images], str(content.file))
-        records = content.records(Path(), self._ids, _named(name))
+        image_alone = [x for x in content.images if x["file_name"] == name]
+        records = replace(content, images=image_alone).records(Path(), self._ids)
         return keep_inside(records, str(content.file))[0]
 
 

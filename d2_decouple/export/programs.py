@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torchvision.ops import DeformConv2d
 
+from ..modeling.pyramid import BalancedFeatures
 from ..runtime.model import DESCRIPTION
 from .description import ExportError
 from .graph import ExportableDetector
-from .translations import FreeSizes, translations, window_maximum
+from .translations import FreeSizes, translations
 
 __all__ = ["FORMATS", "LEAST_OPSET", "export_file", "traced"]
 
@@ -79,14 +80,13 @@ def export_file(
     if kind == "onnx":
         _require_extras()
         _require_operators(graph, opset)
-    with FreeSizes() if kind == "onnx" or fixed_size is None else nullcontext():
-        program = traced(graph, fixed_size=fixed_size)
-    targets = {node.target for node in program.graph.nodes}
-    if kind != "onnx" and window_maximum._opoverload in targets:
+    elif fixed_size is None and any(isinstance(x, BalancedFeatures) for x in graph.modules()):
         raise ExportError(
-            f"--format {kind} has no pooling to a size that is not known before (the backbone's "
-            "BFP); type --size H W, the size of images after resizing"
+            f"--format {kind} has no pooling to a size that is not known before, which the "
+            "backbone's BFP needs; type --size H W, the size of images after resizing"
         )
+    with FreeSizes() if kind == "onnx" else nullcontext():
+        program = traced(graph, fixed_size=fixed_size)
     FORMATS[kind](program, graph, description, file, opset)
 
 

@@ -166,6 +166,11 @@ def test_ways_of_exporting_that_do_not_exist(tmp_path):
     ):
         with pytest.raises(ExportError, match=message):
             export_file(graph, {}, tmp_path / "a.onnx", **options)
+    graph.nms_inside = False
+    graph.backbone = tiny_model("sapd_R_18_FPN_bccd").backbone
+    for kind in ("aoti", "torch-export"):
+        with pytest.raises(ExportError, match=f"--format {kind} has no pooling.*type --size H W"):
+            export_file(graph, {}, tmp_path / "a.pt2", kind=kind)
     graph.head.cls_score = DeformConv2d(1, 1, 3)
     with pytest.raises(ExportError, match=r"--opset is 18; type --opset 19"):
         export_file(graph, {}, tmp_path / "a.onnx")

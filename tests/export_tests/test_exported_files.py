@@ -120,6 +120,33 @@ def test_a_file_answers_what_the_graph_answers_at_other_sizes(name, inside, tmp_
         detector(np.zeros((8, 8, 3), np.uint8))
 
 
+def test_a_file_for_one_size_takes_no_other(tmp_path):
+    torch.manual_seed(0)
+    model = excite(tiny_model("sapd_R_18_FPN_bccd"), 0.7).eval()
+    graph = exportable(model, nms_inside=False)
+    rule = {"recipe": "a", "classes": CLASSES, "augmentations": [], "nms_inside": False}
+    described = describe(model, fixed_size=(70, 100), **rule)
+    image = torch.rand(1, 3, 70, 100) * 255
+    with torch.no_grad():
+        boxes, scores, _ = graph(image)
+    export_file(graph, described, tmp_path / "model.onnx", fixed_size=(70, 100))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape == [1, 3, 70, 100]
+    found = session.run(["boxes", "scores"], {"image": image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found[0]), boxes, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(found[1]), scores, rtol=1e-4, atol=1e-5)
+    detector = ExportedDetector(tmp_path / "model.onnx")
+    assert len(detector.run(image.numpy())[0].scores) > 3
+    with pytest.raises(ExportedModelError, match=r"one image of 70x100 \(HxW\) at a time"):
+        detector.run(np.zeros((1, 3, 64, 64), np.float32))
+
+    export_file(graph, described, tmp_path / "a.pt2", kind="torch-export", fixed_size=(70, 100))
+    written = {"d2_decouple": ""}
+    loaded = torch.export.load(tmp_path / "a.pt2", extra_files=written).module()
+    assert json.loads(written["d2_decouple"]) == described
+    torch.testing.assert_close(loaded(image)[0], boxes)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A folder with real images, a file made by the command, and its recipe and weights."""

@@ -84,9 +84,9 @@ def test_detections_are_those_of_the_package(kind, side_offset):
     )
     (wanted,) = selection(predictions, [(64, 80)])
     found = chosen(
-        boxes[0],
-        class_score(predictions)[0],
-        strides,
+        boxes[0].numpy(),
+        class_score(predictions)[0].numpy(),
+        strides.numpy(),
         candidates=kind,
         test_topk_candidates=20,
         test_nms_thresh=0.4,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -74,7 +75,10 @@ def test_too_few_looks_say_nothing():
 def test_a_look_counts_memory_handles_and_threads(tmp_path):
     run = SimpleNamespace(pid=os.getpid())
     before = soak.look(run, 7)
-    block = bytearray(os.urandom(32 * 2**20))
+    # From the system itself: of the heap a part may be free already.
+    block = mmap.mmap(-1, 32 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for _ in range(32):
+        block.write(bytes(2**20))
     with open(tmp_path / "file", "w"):
         after = soak.look(run, 8)
     assert (before.iteration, after.iteration) == (7, 8)

@@ -85,4 +85,4 @@ def test_make_with_another_detectron2(tmp_path: Path) -> None:
     (tmp_path / "detectron2").mkdir()
     (tmp_path / "detectron2" / "__init__.py").touch()
     commands = run_make("-n", "test-head", f"DETECTRON2={tmp_path}").stdout
-    assert f'PYTHONPATH="{tmp_path}" .venv/bin/python -m pytest tests' in commands
+    assert f'PYTHONPATH="{tmp_path}" .venv/bin/python -m pytest -n auto' in commands
