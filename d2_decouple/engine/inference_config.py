@@ -2,7 +2,8 @@
 """What inference needs of a config: recipes, yacs files, and the ``config.yaml`` of a training.
 
 The yaml that Detectron2 writes of a LazyConfig names functions to call. It may come from somebody
-else, so only the building blocks of models and of image transforms are called for it.
+else, so only the building blocks of models and of image transforms are called for it. A yacs config
+may name a recipe's file (``MODEL.DECOUPLE``), and so is as good as a program: see SECURITY.md.
 """
 
 import inspect
@@ -97,7 +98,7 @@ def inference_config(
 
     Raises:
         ConfigError: unknown name, key or kind of file, a saved config that calls something else
-            than parts of models and image transforms, or a yacs config that calls anything.
+            than parts of models and image transforms, or a yacs config with yaml's tags for calls.
     """
     path = find_config(name)
     if path.suffix == ".py":
