@@ -12,7 +12,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # What .gitignore names: made by tools, no part of the source.
-NOT_SOURCE = {".git", "__pycache__", "build", "dist", "output", "datasets", "htmlcov", "shared"}
+NOT_SOURCE = {
+    ".git",
+    "__pycache__",
+    "build",
+    "dist",
+    "site",
+    "output",
+    "datasets",
+    "htmlcov",
+    "shared",
+}
 NOT_SOURCE_MARKS = (".venv", ".egg-info", "_cache", ".pyc", ".so", "_C_build.json", ".coverage")
 NOT_SOURCE_MARKS += (".hypothesis",)
 

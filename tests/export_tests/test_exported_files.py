@@ -152,7 +152,7 @@ def exported(tmp_path_factory):
     """A folder with real images, a file made by the command, and its recipe and weights."""
     folder = tmp_path_factory.mktemp("exported")
     (folder / "images").mkdir()
-    for file, size in zip(sorted(PHOTOS.iterdir())[:2], ((320, 240), (200, 260)), strict=True):
+    for file, size in zip(sorted(PHOTOS.iterdir())[:2], ((160, 120), (100, 130)), strict=True):
         # Without losses: decoders of JPEG files differ by a few grey values.
         Image.open(file).resize(size).save(folder / "images" / f"{file.stem}.png")
     files = write_trained(folder, [RECIPE])[RECIPE]
