@@ -16,7 +16,7 @@ from .demo_assignment import build_predictor
 from .engine import EXPECTED_ERRORS
 from .engine.predictor import Predictor
 from .evaluation import GroundTruth, read_ground_truth
-from .evaluation.files import write_text
+from .evaluation.files import put_between, write_text
 from .evaluation.runs import commit_of
 from .gallery_layout import jpeg_within
 from .gallery_models import (
@@ -285,13 +285,13 @@ def _start(name: str) -> str:
 
 def _between_markers(text: str, name: str, content: str, page: Path) -> str:
     """The page with other content in a block."""
-    before, start, rest = text.partition(f"{_start(name)}\n")
-    _, end, after = rest.partition(_END)
-    if not start or not end:
+    block = f"{content}\n" if content else ""
+    changed = put_between(text, f"{_start(name)}\n", _END, block)
+    if changed is None:
         raise ConfigError(
             f"{page} has no place for {name}: put the lines {_start(name)} and {_END} into it"
         )
-    return f"{before}{start}{content}\n{end}{after}" if content else f"{before}{start}{end}{after}"
+    return changed
 
 
 def _left_out(missing: Sequence[Model], seed: int) -> str:

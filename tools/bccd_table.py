@@ -24,7 +24,7 @@ from d2_decouple.config import ConfigError, nearest
 from d2_decouple.data import register_bccd
 from d2_decouple.evaluation import EvaluationError, GroundTruth, read_ground_truth
 from d2_decouple.evaluation.evaluator import DETECTIONS_FILE, SUMMARY_FILE
-from d2_decouple.evaluation.files import write_json, write_text
+from d2_decouple.evaluation.files import put_between, write_json, write_text
 from d2_decouple.evaluation.runs import (
     check_packed,
     commit_of,
@@ -308,14 +308,12 @@ def kept_results(args: argparse.Namespace) -> dict[Run, dict[str, Any]]:
 
 def put_between_markers(file: Path, text: str) -> None:
     """Replace what stands between the two marker lines of a document."""
-    content = file.read_text(encoding="utf-8")
-    before, start, rest = content.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
+    content = put_between(file.read_text(encoding="utf-8"), START, END, f"\n{text}\n")
+    if content is None:
         raise TableError(
             f"{file} has no place for the table: put the lines {START} and {END} into it"
         )
-    write_text(file, f"{before}{START}\n{text}\n{END}{after}")
+    write_text(file, content)
 
 
 def _cores() -> int:

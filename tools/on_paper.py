@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2_decouple.config import ConfigError, config_names, get_config, nearest
 from d2_decouple.engine.methods import METHODS
-from d2_decouple.evaluation.files import write_json, write_text
+from d2_decouple.evaluation.files import put_between, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "on_paper.json"
@@ -235,10 +235,10 @@ def with_table(text: str, made: str) -> str:
     Raises:
         ConfigError: a marker is missing, or stands twice.
     """
-    if text.count(START) != 1 or text.count(END) != 1:
+    changed = put_between(text, START, END, f"\n{made}\n")
+    if changed is None or text.count(START) != 1 or text.count(END) != 1:
         raise ConfigError(f"the document needs one line {START!r} and below it one {END!r}")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{made}\n{END}{rest.split(END)[1]}"
+    return changed
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..layers.precision import at_least_float32
 from ..modeling import OneStageDetector
 
-__all__ = ["WHOLE", "SlotCost", "slot_costs", "slots_of"]
+__all__ = ["DEFORMABLE", "WHOLE", "SlotCost", "slot_costs", "slots_of"]
 
 WHOLE = "forward"
 """The row of everything from the image to the predictions (of two stages: to the detections)."""
@@ -105,7 +105,7 @@ def slot_costs(
         _run(step, slots, meter)
         for name, value in meter.totals.items():
             seconds[name].append(value)
-    with FlopCounterMode(display=False, custom_mapping=_DEFORMABLE) as counter:
+    with FlopCounterMode(display=False, custom_mapping=DEFORMABLE) as counter:
         operations = _Meter(counter.get_total_flops)
         _run(step, slots, operations)
     memory = _Memory(model, item)
@@ -240,7 +240,8 @@ def _deformable(
     return 2 * prod(out_shape) * prod(weight_shape[1:])
 
 
-_DEFORMABLE = {torch.ops.torchvision.deform_conv2d: _deformable}
+DEFORMABLE = {torch.ops.torchvision.deform_conv2d: _deformable}
+"""What PyTorch's counter of operations must be told, which does not know this operator."""
 
 
 def _parameters(model: nn.Module, slots: Mapping[str, tuple[nn.Module, ...]]) -> dict[str, int]:

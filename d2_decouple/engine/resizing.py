@@ -5,20 +5,9 @@ import numpy as np
 from detectron2.data import transforms as T
 
 from ..config import ConfigError
+from ..runtime.images import stretched
 
 __all__ = ["resized", "stretched"]
-
-_LONGEST = 64  # times the short side; a resizer would round the short side of longer ones to 0
-
-
-def stretched(image: np.ndarray) -> np.ndarray:
-    """The image, its short side repeated if a resizer would leave nothing of it."""
-    height, width = image.shape[:2]
-    least = -(-max(height, width) // _LONGEST)
-    for axis, side in enumerate((height, width)):
-        if side < least:
-            image = np.repeat(image, -(-least // side), axis=axis)
-    return image
 
 
 def resized(image: np.ndarray, augmentations: T.AugmentationList) -> np.ndarray:

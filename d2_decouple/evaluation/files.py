@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and documents of which a part is made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_json", "write_text"]
+__all__ = ["put_between", "write_json", "write_text"]
 
 
 def write_json(file: Path, content: Any, *, indent: int | None = None) -> None:
@@ -26,3 +26,14 @@ def write_text(file: Path, text: str) -> None:
         os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def put_between(text: str, start: str, end: str, content: str) -> str | None:
+    """A document's text with ``content`` between the first ``start`` and the next ``end``.
+
+    Returns:
+        None if it lacks one of these markers.
+    """
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    return f"{before}{start}{content}{end}{after}" if found and closed else None

@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..analysis.costs import _DEFORMABLE
+from ..analysis.costs import DEFORMABLE
 from .catalogue import Costs
 
 __all__ = ["count_costs", "image_size"]
@@ -37,7 +37,7 @@ def count_costs(cfg: Any) -> Costs:
     model = _built(cfg).eval()
     assigner = {id(x) for x in getattr(model, "assigner", nn.Module()).parameters()}
     parameters = sum(x.numel() for x in model.parameters() if id(x) not in assigner)
-    counter = FlopCounterMode(display=False, custom_mapping=_DEFORMABLE)
+    counter = FlopCounterMode(display=False, custom_mapping=DEFORMABLE)
     if hasattr(model, "roi_heads"):
         torch.manual_seed(0)
         model = instantiate(cfg.model).cpu().eval()

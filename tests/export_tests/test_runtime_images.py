@@ -62,10 +62,18 @@ def test_the_size_is_detectron2s():
         assert output_size(height, width, short_edge=short, max_size=longest) == wanted
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 64), (1, 65), (300, 2), (640, 10), (30, 40)])
-def test_what_is_very_long_is_stretched_as_for_pytorch(size):
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"),
+    [
+        *(((1, 1), 1, 1), ((1, 64), 1, 1), ((640, 10), 1, 1), ((30, 40), 1, 1)),
+        ((1, 65), 2, 1),  # 65 / 64, rounded up, is 2
+        ((300, 2), 1, 3),  # 300 / 64, rounded up, is 5: three times 2 is the first that has it
+    ],
+)
+def test_what_is_very_long_is_stretched_as_for_pytorch(size, rows, columns):
     image = noise(*size)
     np.testing.assert_array_equal(stretched(image), resizing.stretched(image))
+    np.testing.assert_array_equal(stretched(image), np.kron(image, np.ones((rows, columns, 1))))
 
 
 def test_files_are_read_as_they_are_displayed(tmp_path):
