@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.download import sha256_of
 from .config import ConfigError, find_config, nearest
 from .evaluation.evaluator import SUMMARY_FILE
 
@@ -158,7 +158,7 @@ def provenance(model: Model, weights: Weights, results: Path) -> tuple[str, str,
     """
     if weights.file is None:
         return "–", "–", "–", "none: it assigns by geometry alone"
-    digest = hashlib.sha256(weights.file.read_bytes()).hexdigest()[:12]
+    digest = sha256_of(weights.file)[:12]
     average = _average_precision(weights.file.parent / SUMMARY_FILE)
     if average is None or weights.seed is None or weights.file.name != _WEIGHTS:
         return str(weights.seed or "unknown"), "unknown", "unknown", f"`{digest}`"

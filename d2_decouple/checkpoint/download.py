@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError
 
-__all__ = ["Address", "cache_folder", "download", "parse_address"]
+__all__ = ["Address", "cache_folder", "download", "parse_address", "sha256_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _fetch(address: Address, file: Path, called: str) -> None:
     try:
         with open(unfinished, "wb") as output:
             _copy(address.url, output)
-        found = _sha256(unfinished)
+        found = sha256_of(unfinished)
         if not found.startswith(address.sha256):
             raise DamagedCheckpointError(
                 f"{called} was fetched, and its SHA-256 begins with {found[:16]}; wanted is "
@@ -154,7 +154,7 @@ def _copy(url: str, output: Any) -> None:
 
 
 def _check_kept(address: Address, file: Path) -> None:
-    found, note = _sha256(file), _note(file)
+    found, note = sha256_of(file), _note(file)
     known = note.read_text(encoding="ascii").strip() if note.is_file() else ""
     for wanted, where in ((address.sha256, "the address says"), (known, f"{note.name} says")):
         if not found.startswith(wanted):
@@ -167,7 +167,8 @@ def _check_kept(address: Address, file: Path) -> None:
         note.write_text(found + "\n", encoding="ascii")
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """The file's SHA-256 in hexadecimal digits; it is not read whole into the memory."""
     digest = hashlib.sha256()
     with open(file, "rb") as content:
         while block := content.read(2**20):
