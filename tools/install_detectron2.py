@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from http.client import HTTPException
 from importlib import metadata, util
+from importlib.machinery import PathFinder
 from pathlib import Path
 from ssl import SSLError
 from typing import NamedTuple
@@ -276,7 +277,8 @@ def _check_interpreter(allow_system: bool) -> None:
             "untouched. Make one with python3 tools/setup_env.py, or run this script with the "
             "Python of yours. If you mean it: --allow-system"
         )
-    if util.find_spec("pip") is None:
+    # By `util.find_spec`, setuptools could not be imported in this process any more.
+    if PathFinder.find_spec("pip") is None:
         raise StepError(f"{sys.executable} has no pip. Type: {sys.executable} -m ensurepip")
 
 

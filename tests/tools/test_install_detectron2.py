@@ -286,6 +286,18 @@ def test_torch_comes_first(
     assert "-m pip install torch torchvision" in said
 
 
+def test_looking_for_pip_leaves_setuptools_importable() -> None:
+    """Python's own finder asks setuptools, which then expects the standard library's distutils."""
+    folder = Path(install_detectron2.__file__).parent
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import install_detectron2\n"
+        "install_detectron2._check_interpreter(allow_system=True)\n"
+        "import setuptools"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_keep_source_overwrites_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("two years of work")
     done = run_script("--force", "--keep-source", tmp_path)
