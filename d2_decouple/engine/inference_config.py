@@ -2,8 +2,8 @@
 """What inference needs of a config: recipes, yacs files, and the ``config.yaml`` of a training.
 
 The yaml that Detectron2 writes of a LazyConfig names functions to call. It may come from somebody
-else, so only the building blocks of models and of image transforms are called for it. A yacs config
-may name a recipe's file (``MODEL.DECOUPLE``), and so is as good as a program: see SECURITY.md.
+else, so only the building blocks of models and of image transforms are called for it. Of a yacs
+config ``MODEL.DECOUPLE`` must name a shipped recipe and may not exchange what that calls.
 """
 
 import inspect
@@ -28,6 +28,7 @@ from ..config import (
     add_decouple_config,
     apply_overrides,
     check_key,
+    config_names,
     find_config,
     get_config,
 )
@@ -98,7 +99,8 @@ def inference_config(
 
     Raises:
         ConfigError: unknown name, key or kind of file, a saved config that calls something else
-            than parts of models and image transforms, or a yacs config with yaml's tags for calls.
+            than parts of models and image transforms, a yacs config with yaml's tags for calls, or
+            one whose ``MODEL.DECOUPLE`` names another file or exchanges what a recipe calls.
     """
     path = find_config(name)
     if path.suffix == ".py":
@@ -112,6 +114,7 @@ def inference_config(
         _check_saved(cfg)  # first, since looking up the keys of overrides imports what is named
         return _lazy(apply_overrides(cfg, overrides), score_thresh)
     if isinstance(content, dict) and ({"MODEL", "_BASE_"} & content.keys()):
+        _check_door(path, overrides)
         return _yacs(yacs_config(path, overrides, allow_unsafe=False), score_thresh)
     raise ConfigError(
         f"{path} is no config: wanted a yacs config (with MODEL or _BASE_), or the config.yaml of "
@@ -249,6 +252,30 @@ def _construct_tuple(loader: yaml.SafeLoader, node: Any) -> tuple[Any, ...]:
 
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", _construct_name)
 _Loader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
+
+
+def _check_door(path: Path, overrides: Sequence[str]) -> None:
+    """Raise ConfigError if what a yacs file says of a recipe could run a program.
+
+    What the user types in its place is the user's own.
+    """
+    door = yacs_config(path, allow_unsafe=False).MODEL.DECOUPLE
+    if door.MODEL_FILE and "MODEL.DECOUPLE.MODEL_FILE" not in overrides[::2]:
+        if door.MODEL_FILE not in config_names():
+            raise ConfigError(
+                f"{path.name} has MODEL.DECOUPLE.MODEL_FILE {door.MODEL_FILE!r}: a file may name "
+                "shipped recipes alone (`python -m d2_decouple.config` lists them), since another "
+                "one is a program; if you trust it, add MODEL.DECOUPLE.MODEL_FILE and its path to "
+                "the command"
+            )
+    if "MODEL.DECOUPLE.OVERRIDES" not in overrides[::2]:
+        for text in map(str, door.OVERRIDES):
+            if "_target_" in text or "${" in text:
+                raise ConfigError(
+                    f"{path.name} has {text!r} in MODEL.DECOUPLE.OVERRIDES, which is not called: a "
+                    "file may change values of a recipe, not what it calls; if you trust it, add "
+                    "MODEL.DECOUPLE.OVERRIDES and the list to the command"
+                )
 
 
 def _check_saved(cfg: DictConfig) -> None:

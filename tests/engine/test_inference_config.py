@@ -133,6 +133,33 @@ def test_the_base_of_a_yacs_config_runs_no_code(tmp_path):
     assert inference_config(path).image_format == "BGR"
 
 
+def test_a_yacs_config_names_shipped_recipes_unless_the_user_types_another(tmp_path):
+    own, path = tmp_path / "own.py", tmp_path / "config.yaml"
+    own.write_text(find_config("fcos_R_18_FPN_bccd").read_text())
+    text = "MODEL: {{META_ARCHITECTURE: OneStageDetector, DECOUPLE: {{{}}}}}\n"
+    path.write_text(text.format(f"MODEL_FILE: {own}"))
+    with pytest.raises(ConfigError, match=r"own\.py': .*add MODEL\.DECOUPLE\.MODEL_FILE and its"):
+        inference_config(path)
+    found = inference_config(path, ["MODEL.DECOUPLE.MODEL_FILE", "fcos_R_50_FPN_1x"])
+    assert found.image_format == "BGR"
+    (tmp_path / "child.yaml").write_text("_BASE_: config.yaml\nMODEL: {}\n")
+    with pytest.raises(
+        ConfigError, match=r"child\.yaml has MODEL\.DECOUPLE\.MODEL_FILE '.*own\.py'"
+    ):
+        inference_config(tmp_path / "child.yaml")
+
+    path.write_text(
+        text.format("MODEL_FILE: fcos_R_18_FPN_bccd, OVERRIDES: ['model.num_classes=5']")
+    )
+    assert inference_config(path).model(None).num_classes == 5
+    path.write_text(
+        text.format("MODEL_FILE: fcos_R_18_FPN_bccd, OVERRIDES: ['model._target_=torch.nn.ReLU']")
+    )
+    with pytest.raises(ConfigError, match=r"config\.yaml has 'model\._target_=torch\.nn\.ReLU'"):
+        inference_config(path)
+    inference_config(path, ["MODEL.DECOUPLE.OVERRIDES", "['model.num_classes=2']"])
+
+
 def test_what_is_no_config_is_named(tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text("a: 1")

@@ -139,6 +139,32 @@ def yacs_config_that_calls(folder: Path) -> Call:
     return lambda: inference_config(file)
 
 
+def yacs_config(folder: Path, door: str) -> Call:
+    file = folder / "config.yaml"
+    file.write_text(f"MODEL: {{META_ARCHITECTURE: OneStageDetector, DECOUPLE: {{{door}}}}}\n")
+    return lambda: inference_config(file).model(None)
+
+
+@case(r"MODEL_FILE '.*recipe\.py': a file may name shipped recipes alone", "ConfigError")
+def yacs_config_that_names_a_program(folder: Path) -> Call:
+    mark = folder.parent / "outside/ran"
+    (folder / "recipe.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    return yacs_config(folder, f"MODEL_FILE: {folder}/recipe.py")
+
+
+@case(r"os\.system.* in MODEL\.DECOUPLE\.OVERRIDES, which is not called", "ConfigError")
+def yacs_config_that_overrides_a_part(folder: Path) -> Call:
+    command = f"model.backbone={{_target_: os.system, command: touch {folder.parent}/outside/ran}}"
+    return yacs_config(folder, f"MODEL_FILE: fcos_R_18_FPN_bccd, OVERRIDES: ['{command}']")
+
+
+@case(r"in MODEL\.DECOUPLE\.OVERRIDES, which is not called", "ConfigError")
+def yacs_config_that_spells_it_in_pieces(folder: Path) -> Call:
+    call = f"_tar${{oc.env:X,g}}et_: os.system, command: touch {folder.parent}/outside/ran"
+    command = f'model.backbone="${{oc.decode:\\"{{{call}}}\\"}}"'
+    return yacs_config(folder, f"MODEL_FILE: fcos_R_18_FPN_bccd, OVERRIDES: ['{command}']")
+
+
 def samples() -> dict[str, bytes]:
     """Small files of weights of every kind that is read, by their names."""
     state = {"weight": torch.arange(6.0).reshape(3, 2), "bias": torch.zeros(3)}
