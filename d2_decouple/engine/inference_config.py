@@ -260,14 +260,13 @@ def _check_door(path: Path, overrides: Sequence[str]) -> None:
     What the user types in its place is the user's own.
     """
     door = yacs_config(path, allow_unsafe=False).MODEL.DECOUPLE
-    if door.MODEL_FILE and "MODEL.DECOUPLE.MODEL_FILE" not in overrides[::2]:
-        if door.MODEL_FILE not in config_names():
-            raise ConfigError(
-                f"{path.name} has MODEL.DECOUPLE.MODEL_FILE {door.MODEL_FILE!r}: a file may name "
-                "shipped recipes alone (`python -m d2_decouple.config` lists them), since another "
-                "one is a program; if you trust it, add MODEL.DECOUPLE.MODEL_FILE and its path to "
-                "the command"
-            )
+    named = "" if "MODEL.DECOUPLE.MODEL_FILE" in overrides[::2] else door.MODEL_FILE
+    if named and named not in config_names():
+        raise ConfigError(
+            f"{path.name} has MODEL.DECOUPLE.MODEL_FILE {named!r}: a file may name shipped recipes "
+            "alone (`python -m d2_decouple.config` lists them), since another one is a program; if "
+            "you trust it, add MODEL.DECOUPLE.MODEL_FILE and its path to the command"
+        )
     if "MODEL.DECOUPLE.OVERRIDES" not in overrides[::2]:
         for text in map(str, door.OVERRIDES):
             if "_target_" in text or "${" in text:

@@ -143,9 +143,7 @@ def test_a_yacs_config_names_shipped_recipes_unless_the_user_types_another(tmp_p
     found = inference_config(path, ["MODEL.DECOUPLE.MODEL_FILE", "fcos_R_50_FPN_1x"])
     assert found.image_format == "BGR"
     (tmp_path / "child.yaml").write_text("_BASE_: config.yaml\nMODEL: {}\n")
-    with pytest.raises(
-        ConfigError, match=r"child\.yaml has MODEL\.DECOUPLE\.MODEL_FILE '.*own\.py'"
-    ):
+    with pytest.raises(ConfigError, match=r"child\.yaml has MODEL\.DECOUPLE\.MODEL_FILE"):
         inference_config(tmp_path / "child.yaml")
 
     path.write_text(
