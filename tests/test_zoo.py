@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from util import TORCH
 
 from d2_decouple import zoo
 from d2_decouple.checkpoint import CheckpointError
@@ -96,7 +97,7 @@ def test_the_costs_of_every_model_were_counted():
     ("name", "tolerance"),
     [
         ("tscode_fcos_R_18_FPN_bccd", 0.0),
-        ("sapd_R_18_FPN_bccd", 0.0),
+        ("sapd_R_18_FPN_bccd", 0.0 if TORCH >= (2, 6) else 0.01),  # did not count attention
         ("faster_rcnn_R_18_FPN_bccd_d2", 0.02),  # as many regions as noise gave
     ],
 )
@@ -265,6 +266,16 @@ def test_a_model_that_cannot_be_built_has_no_costs(table, monkeypatch, caplog):
     assert f"{SMALL}: costs not counted: no such network" in caplog.text
 
 
+def test_a_misspelt_name_is_not_counted_without_a_word(table, monkeypatch):
+    row = {"about": "", "data": "x", "paper": "none", "paper_ap": None, "measured": []}
+    monkeypatch.setattr(update, "TABLE", catalogue.TABLE)
+    monkeypatch.setattr(update, "known_of", lambda: {SMALL: row})
+    before = catalogue.TABLE.read_text()
+    with pytest.raises(ZooError, match=f"no recipe 'fcos_R18_FPN_bccd'; did you mean '{SMALL}'"):
+        update.update(only=["fcos_R18_FPN_bccd"])
+    assert catalogue.TABLE.read_text() == before
+
+
 def test_the_hash_is_of_the_model_and_the_images_size():
     hashes = {
         update.model_hash(get_config(SMALL, overrides))
@@ -397,6 +408,26 @@ def test_weights_of_before_an_option_was_added_are_found(nothing_trained):
         zoo.trained_weights(SMALL)
     with pytest.raises(ZooError, match="there are no weights"):
         zoo.trained_weights(SMALL, seed=2)
+
+
+def test_a_damaged_config_beside_weights_is_passed_over(nothing_trained, caplog):
+    for name, content in (("a", b"x: [\n"), ("b", b"\xff\xfe")):
+        old = models.zoo_folder() / f"{SMALL}_seed1_{name}"
+        old.mkdir(parents=True)
+        (old / "config.yaml").write_bytes(content)
+    with pytest.raises(ZooError, match="there are no weights"):
+        zoo.trained_weights(SMALL)
+    assert caplog.text.count("config.yaml is passed over, it cannot be read") == 2
+
+
+def test_a_file_of_ones_own_has_no_trained_weights(nothing_trained):
+    """Even if it has a recipe's name: its model may be another one of the same shapes."""
+    own = nothing_trained / f"{SMALL}.py"
+    own.write_text("model = None\n")
+    with pytest.raises(ZooError, match=rf"{SMALL}\.py is no recipe of this package"):
+        zoo.get(str(own), weights="trained")
+    with pytest.raises(ZooError, match="is no recipe of this package"):
+        zoo.train(str(own))
 
 
 def test_weights_that_were_not_trained(nothing_trained):

@@ -23,6 +23,7 @@ REGIONS = 64  # of an image that a branch of a two-stage detector learns from
 # Stem, res2 (as wide as the pyramid, as in ResNet-50), res3, ...; each differs from the one
 # before it, or Detectron2's basic block has no shortcut that could follow its stride.
 BOTTOM_UP_CHANNELS = (16, WIDTH, 32, 48, 40)
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def environment() -> dict[str, str]:

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +130,8 @@ def broken_training(tiny: TinyTraining, kills: int, seed: int) -> list[Kill]:
         run = start(tiny.arguments(broken, resume=True), console)
         began = time.monotonic()
         try:
-            wait_for(run, _moment(moment, draw, loading, broken, console), console)
+            come = _moment(moment, draw, loading, broken, console)
+            wait_for(run, partial(_held_at, run, come) if moment == "saving" else come, console)
         finally:
             kill(run)
         _went_on_from(saved, console)
@@ -165,6 +167,18 @@ def _moment(
         return bool(seen) and time.monotonic() - seen > wait
 
     return reached
+
+
+def _held_at(run: BaseProcess, come: Callable[[], bool]) -> bool:
+    """Whether a moment that may pass at once has come; if so, the training is held there."""
+    if not come():
+        return False
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid or 0, signal.SIGSTOP)
+        if not come():
+            os.killpg(run.pid or 0, signal.SIGCONT)
+            return False
+    return come()
 
 
 def _count(pattern: str, console: Path) -> int:
@@ -318,9 +332,12 @@ def two_nodes(tiny: TinyTraining, output: Path, *options: str) -> None:
         for process, console in nodes:
             if process.wait(_LONGEST) != 0:
                 raise RunError(f"a node failed, see {console}:\n{said(console)[-3000:]}")
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"a node did not end in {_LONGEST:.0f} s, see {console}") from error
     finally:
         for process, _ in nodes:
             process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

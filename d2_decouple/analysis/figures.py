@@ -47,11 +47,11 @@ def score_iou_maps(summaries: Sequence[Summary]) -> bytes:
     figure = Figure(figsize=(0.8 + 3.1 * columns, 0.5 + 3.1 * rows), dpi=100, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, summary in zip(panels, summaries, strict=False):
-        _style(axes, summary.name, "score", "IoU with its object")
         counts = np.histogram2d(summary.pairs.scores, summary.pairs.ious, bins=(_CELLS, _CELLS))[0]
         shown = np.where(counts > 0, counts, np.nan).T
         highest = max(float(counts.max(initial=0)), 2.0)
         axes.pcolormesh(_CELLS, _CELLS, shown, cmap="viridis_r", norm=LogNorm(1, highest))
+        _style(axes, summary.name, "score", "IoU with its object")
         axes.axhline(MATCHED_IOU, color="#888888", linewidth=0.8, linestyle="--")
         axes.set_xticks(np.arange(5) / 5)  # the last would touch the first of the next panel
         axes.label_outer()

@@ -9,6 +9,7 @@ strides elsewhere is refused: it would load without a word and be several AP wor
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -343,17 +344,36 @@ def _described(bare: Mapping[str, Any]) -> str:
 
 
 def _normalization(filename: str) -> Normalization:
-    """What timm's ``config.json`` beside the file says, else ImageNet's."""
+    """What timm's ``config.json`` beside the file says, else ImageNet's.
+
+    Raises:
+        CheckpointError: it says something that no image can be normalised by.
+    """
     config = Path(filename).with_name("config.json") if filename else None
     if config is None or not config.is_file():
         return IMAGENET
     try:
         said = json.loads(config.read_text(encoding="utf-8"))
         said = said.get("pretrained_cfg", said)
-        mean, std = (tuple(float(x) for x in said[key]) for key in ("mean", "std"))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        mean, std = (tuple(_float(x) for x in said[key]) for key in ("mean", "std"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return IMAGENET  # some other program's
-    return Normalization(mean, std) if len(mean) == len(std) == 3 else IMAGENET
+    if not len(mean) == len(std) == 3:
+        return IMAGENET
+    if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+        raise CheckpointError(
+            f"{config} says that images were normalised by mean {mean} and std {std}; wanted are "
+            "three finite numbers each, those of std above 0: correct the file, or delete it and "
+            "ImageNet's are taken"
+        )
+    return Normalization(mean, std)
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of some hundred digits
+        return math.inf
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -104,6 +104,12 @@ class Checkpointer(DetectionCheckpointer):
         candidates = self._candidates() if resume else []
         if not candidates:
             return self.load(path, checkpointables=[])
+        name = self._last_name()
+        if name and candidates[0].name != name:
+            _logger.warning(
+                "%s names %.80r, and there is no such checkpoint: going on from the newest, %s",
+                *(Path(self.save_dir) / _LAST, name, candidates[0].name),
+            )
         self._resuming = True
         damaged = []
         try:
@@ -123,11 +129,15 @@ class Checkpointer(DetectionCheckpointer):
         """Checkpoints to resume from: the last one, then the others, newest first."""
         folder = Path(self.save_dir)
         files = sorted(folder.glob("model_*.pth"), key=lambda file: -file.stat().st_mtime_ns)
-        tag = folder / _LAST
-        if tag.is_file():
-            tagged = folder / tag.read_text().strip()
-            files.sort(key=lambda file: file != tagged)
+        tagged = folder / self._last_name()
+        files.sort(key=lambda file: file != tagged)
         return [file for file in files if file.stem != BEST]
+
+    def _last_name(self) -> str:
+        """What the file ``last_checkpoint`` says; empty if there is none."""
+        tag = Path(self.save_dir) / _LAST
+        # As bytes: a damaged one is no text, and then names no file.
+        return tag.read_bytes().decode(errors="replace").strip() if tag.is_file() else ""
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As Detectron2's; ``path`` may also be a name, such as ``torchvision://resnet50``.

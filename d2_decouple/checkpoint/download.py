@@ -9,6 +9,7 @@ import shutil
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError
@@ -84,11 +85,12 @@ def download(source: str, *, called: str = "") -> Path:
     file = _place(address.url)
     if not file.is_file():
         _refuse_folder(file, source)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file):
-            if not file.is_file():  # another process may have been faster
-                _fetch(address, file, called or source)
-                return file
+        with _fetching(address.url, file, called or source):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(file):
+                if not file.is_file():  # another process may have been faster
+                    _fetch(address, file, called or source)
+                    return file
     _check_kept(address, file)
     return file
 
@@ -116,6 +118,25 @@ def _note(file: Path) -> Path:
     return file.with_name(file.name + ".sha256")
 
 
+@contextmanager
+def _fetching(url: str, file: Path, called: str) -> Iterator[None]:
+    """Say where the file belongs when the network or the disk fails in the block."""
+    try:
+        yield
+    except HTTPError:
+        raise
+    except (OSError, HTTPException) as error:  # the latter: an answer that is no HTTP
+        room = ""
+        if file.parent.is_dir():
+            free = shutil.disk_usage(file.parent).free / 2**20
+            room = f"; {free:.0f} MiB are free in {file.parent}"
+        raise CheckpointError(
+            f"{called} could not be fetched ({str(error) or type(error).__name__}{room}); without "
+            f"a network, bring the file {url} here and put it to {file}, or set {WEIGHTS_KEYS} to "
+            "it, or to an empty string for random weights"
+        ) from error
+
+
 def _fetch(address: Address, file: Path, called: str) -> None:
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
@@ -129,15 +150,6 @@ def _fetch(address: Address, file: Path, called: str) -> None:
             )
         _note(file).write_text(found + "\n", encoding="ascii")
         os.replace(unfinished, file)
-    except HTTPError:
-        raise
-    except OSError as error:
-        free = shutil.disk_usage(file.parent).free / 2**20
-        raise CheckpointError(
-            f"{called} could not be fetched ({error}; {free:.0f} MiB are free in {file.parent}); "
-            f"without a network, bring the file {address.url} here and put it to {file}, or set "
-            f"{WEIGHTS_KEYS} to it, or to an empty string for random weights"
-        ) from error
     finally:
         unfinished.unlink(missing_ok=True)
     _logger.info("%s is %s, SHA-256 %s", called, file, found)
@@ -155,7 +167,7 @@ def _copy(url: str, output: Any) -> None:
 
 def _check_kept(address: Address, file: Path) -> None:
     found, note = sha256_of(file), _note(file)
-    known = note.read_text(encoding="ascii").strip() if note.is_file() else ""
+    known = note.read_text(encoding="ascii", errors="replace").strip() if note.is_file() else ""
     for wanted, where in ((address.sha256, "the address says"), (known, f"{note.name} says")):
         if not found.startswith(wanted):
             raise DamagedCheckpointError(
@@ -164,7 +176,10 @@ def _check_kept(address: Address, file: Path) -> None:
                 "again"
             )
     if not known:  # brought here by hand, or by Detectron2
-        note.write_text(found + "\n", encoding="ascii")
+        try:
+            note.write_text(found + "\n", encoding="ascii")
+        except OSError as error:  # a cache that belongs to somebody else
+            _logger.warning("%s cannot be written, so %s is not watched: %s", note, file, error)
 
 
 def sha256_of(file: Path) -> str:

@@ -83,7 +83,10 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        with open(unfinished, "wb") as file:
+        # What a killed process left, or a link that somebody put there: through it another file
+        # would be written. "x" makes a new file or none.
+        unfinished.unlink(missing_ok=True)
+        with open(unfinished, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

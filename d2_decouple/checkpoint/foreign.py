@@ -14,9 +14,9 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -29,13 +29,15 @@ _NAMED = re.compile(
     r"(__builtin__|builtins) (set|complex)"
     r"|_codecs encode"
     r"|collections (OrderedDict|Counter)"
-    r"|torch ([A-Z][a-z]*(16|32|64)?Storage|Size|device|bool|b?u?(int|float|complex)\d+)"
+    r"|torch ([A-Z][A-Za-z]*(16)?Storage|Size|device|bool|b?u?(int|float|complex)\d+)"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
     r"|torch\.nn\.parameter Parameter"
 )
 _ZIP = b"PK\x03\x04"
 _OLD_PICKLES = 5  # in a file of torch before 1.6: magic number, protocol, system, content, keys
 _SPARE = 2**30  # bytes that tensors may have beyond the file: some repeat a number to save room
+_ENTRY = 100  # bytes that a dict takes for a key and a value
+_CALL = 1000  # bytes that a tensor takes without its numbers
 _NUMBERS = re.compile(r"[biufc]\d{1,2}")
 
 
@@ -44,7 +46,8 @@ def check_torch_file(filename: str) -> None:
 
     Raises:
         pickle.UnpicklingError: it names something that is no part of weights and the state of a
-            training, or its archive is packed, so that it could fill the memory.
+            training, or it could fill the memory: its archive is packed, or what it calls would
+            take 1 GiB more than the file.
         ValueError, zipfile.BadZipFile, EOFError, OSError: it is damaged.
     """
     with open(filename, "rb") as file:
@@ -54,7 +57,11 @@ def check_torch_file(filename: str) -> None:
                 raise pickle.UnpicklingError("it is a tar archive; save it with a newer torch")
             file.seek(0)
             for _ in range(_OLD_PICKLES):
+                begin = file.tell()
                 _check_names(file)
+                end = file.tell()
+                file.seek(begin)
+                _Rehearsal(file.read(end - begin)).load()
             return
     with zipfile.ZipFile(filename) as archive:
         entries = archive.infolist()
@@ -64,9 +71,12 @@ def check_torch_file(filename: str) -> None:
         whole = sum(entry.file_size for entry in entries)
         if len(names) < len(entries) or whole > os.path.getsize(filename):
             raise pickle.UnpicklingError("parts of it are there twice, or lie over each other")
-        for name in sorted(names):
-            if name.endswith(".pkl"):
-                _check_names(io.BytesIO(archive.read(name)))
+        for entry in entries:
+            # torch takes DATA.PKL for data.pkl. Newer Pythons may have another filename of it.
+            if entry.orig_filename.lower().endswith(".pkl"):
+                content = archive.read(entry)
+                _check_names(io.BytesIO(content))
+                _Rehearsal(content).load()
 
 
 def _check_names(stream: BinaryIO | io.BytesIO) -> None:
@@ -74,6 +84,72 @@ def _check_names(stream: BinaryIO | io.BytesIO) -> None:
         if opcode.name == "GLOBAL" and not _NAMED.fullmatch(str(argument)):
             name = str(argument).replace(" ", ".")[:80]
             raise pickle.UnpicklingError(f"it names {name}, which is no part of weights")
+
+
+# Python's own: the one in C makes room for two thousand million objects if a file numbers one so.
+class _Careful(pickle._Unpickler):
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="latin1")
+        # A sound file has each number once, as text that is encoded and then copied.
+        self._room = 2 * len(content) + _SPARE
+
+    def take(self, size: int) -> None:
+        """Count bytes that are about to be copied: one that is named again is copied again."""
+        self._room -= size
+        if self._room < 0:
+            raise pickle.UnpicklingError(
+                f"what it holds would take {_SPARE / 2**20:.0f} MiB more than the file has"
+            )
+
+    def load_bytearray8(self) -> None:
+        # Python's own makes room for as many bytes as the file claims; numpy writes none of these.
+        raise pickle.UnpicklingError("it holds a bytearray, wanted arrays of numbers")
+
+    dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
+
+
+class _Rehearsal(_Careful):
+    """Reads what torch is about to read, with nothing in the place of what that calls.
+
+    A call may copy what it is given, and takes five bytes of a file: text of 1 MiB that is encoded
+    two thousand times fills 2 GiB.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Nothing(self.take)
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _Nothing(self.take)
+
+    def load_newobj(self) -> None:
+        arguments = self.stack.pop()  # type: ignore[attr-defined]
+        self.stack[-1] = self.stack[-1](*arguments)  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[Any] = {**_Careful.dispatch, pickle.NEWOBJ[0]: load_newobj}
+
+
+class _Nothing:
+    """What is called, and what it gives: of this it is known how many items it has at most."""
+
+    def __init__(self, take: Callable[[int], None], items: int = 0) -> None:
+        self._take, self._items = take, items
+
+    def __call__(self, *arguments: Any) -> Any:
+        given = [x for x in arguments if isinstance(x, Sized)]
+        self._take(_CALL + sum(len(x) * (1 if isinstance(x, str) else _ENTRY) for x in given))
+        return _Nothing(self._take, sum(map(len, given)))
+
+    def __len__(self) -> int:
+        return self._items
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._items += 1
+
+    def append(self, value: Any) -> None:
+        self._items += 1
+
+    def __setstate__(self, state: Any) -> None:
+        self(state)  # an OrderedDict takes a copy of it
 
 
 def check_tensors(content: Any) -> None:
@@ -130,27 +206,25 @@ def read_arrays(filename: str) -> dict[Any, Any]:
         pickle.UnpicklingError: it holds anything else; and whatever a damaged file raises.
     """
     # From memory, so that a length that the file only claims is not made room for.
-    stream = io.BytesIO(Path(filename).read_bytes())
-    content = _plain(_Unpickler(stream, encoding="latin1").load(), {})
+    content = _plain(_Arrays(Path(filename).read_bytes()).load(), {})
     if not isinstance(content, dict):
         raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, wanted arrays by name")
     return content
 
 
-# Python's own: the one in C makes room for two thousand million objects if a file numbers one so.
-class _Unpickler(pickle._Unpickler):
+class _Arrays(_Careful):
     def find_class(self, module: str, name: str) -> Any:
-        made = _made(re.sub(r"^numpy\._?core\.", "numpy.", module), name)
+        made = _made(re.sub(r"^numpy\._?core\.", "numpy.", module), name, self.take)
         if made is None:
             raise pickle.UnpicklingError(f"{module}.{name} is not an array")
         return made
 
 
-def _made(module: str, name: str) -> Any:
+def _made(module: str, name: str, take: Callable[[int], None]) -> Any:
     """What stands for a name in a pickle; new each time, since a pickle may write upon it."""
 
     def reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-        return _Array()
+        return _Array(take)
 
     def number(kind: _Kind, content: Any = b"") -> Any:
         return np.frombuffer(_bytes(content), kind.dtype)[0]
@@ -158,10 +232,15 @@ def _made(module: str, name: str) -> Any:
     def encoded(text: str, encoding: str) -> bytes:
         if encoding not in ("latin1", "latin-1"):
             raise pickle.UnpicklingError(f"text in it is in {encoding[:20]!r}, wanted latin1")
+        take(len(text))
         return text.encode("latin1")
 
     def kind(code: Any, align: Any = False, copy: Any = False) -> _Kind:
         return _Kind(code)
+
+    def ordered(items: Any = ()) -> OrderedDict[Any, Any]:
+        take(_ENTRY * len(items))
+        return OrderedDict(items)
 
     def empty() -> bytes:
         return b""
@@ -169,7 +248,7 @@ def _made(module: str, name: str) -> Any:
     known: dict[tuple[str, str], Any] = {
         ("__builtin__", "bytes"): empty,
         ("_codecs", "encode"): encoded,
-        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "OrderedDict"): ordered,
         ("numpy", "dtype"): kind,
         ("numpy", "ndarray"): "an array",
         ("numpy.multiarray", "_reconstruct"): reconstruct,
@@ -199,16 +278,24 @@ class _Array:
 
     array = np.zeros(0)
 
+    def __init__(self, take: Callable[[int], None]) -> None:
+        self._take = take
+
     def __setstate__(self, state: Any) -> None:
         *_, shape, kind, by_columns, content = state
         if not isinstance(kind, _Kind):
             raise pickle.UnpicklingError("an array without a type of its numbers")
         flat = np.frombuffer(_bytes(content), kind.dtype)
+        self._take(flat.nbytes)
         self.array = flat.reshape(shape, order="F" if by_columns else "C").copy()
 
 
 def _bytes(content: Any) -> bytes:
-    return content.encode("latin1") if isinstance(content, str) else bytes(content)
+    if isinstance(content, str):
+        return content.encode("latin1")
+    if not isinstance(content, bytes):  # of a number Python would make that many zeros
+        raise pickle.UnpicklingError(f"an array's numbers are a {type(content).__name__}")
+    return content
 
 
 def _plain(value: Any, made: dict[int, Any]) -> Any:

@@ -46,7 +46,7 @@ def fit_network(
             for name, ours in known.items()
             if ours is not None and tuple(own[ours].shape) == tuple(state[name].shape)
         }
-        if 2 * len(fitting) >= len(own):
+        if fitting and 2 * len(fitting) >= len(own):
             others = [name for name, ours in known.items() if f"{prefix}.{ours}" not in fitting]
             _logger.info(
                 "The file holds the network %s: %d of its %d tensors; left out: %s",

@@ -77,7 +77,7 @@ def read_limited(file: Path, limit_mib: int) -> bytes:
         OSError: it is missing, a folder, or must not be read.
     """
     with _opened(file, limit_mib) as stream:
-        return stream.read()
+        return _rest(stream, file)
 
 
 def read_lines(file: Path) -> list[str]:
@@ -99,7 +99,7 @@ def read_json(file: Path, limit_mib: int = COCO_MIB) -> Any:
     with _opened(file, limit_mib) as stream:
         head = stream.read(_HEAD)
         _refuse_other_than_json(head, file)
-        content = head + stream.read()
+        content = head + _rest(stream, file)
     del head
     try:
         return json.loads(content)
@@ -162,6 +162,13 @@ class _PlainLoader(yaml.SafeLoader):
 
     _depth = 0
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (AttributeError, LookupError) as error:  # of a tag such as in "!!bool x"
+            what = f"{brief(node.value)} is nothing for the tag {node.tag[:80]}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
@@ -196,6 +203,18 @@ def _opened(file: Path, limit_mib: int) -> BinaryIO:
     if reason := too_large(status.st_size, limit_mib):
         raise DataError(f"{file} is not read: {reason}")
     return file.open("rb")
+
+
+def _rest(stream: BinaryIO, file: Path) -> bytes:
+    """What is left of a file, up to the size whose limit was looked at."""
+    size = os.fstat(stream.fileno()).st_size
+    content = stream.read(size + 1)
+    if stream.tell() > size:  # also of /proc, where files have no size
+        raise DataError(
+            f"{file} has more than the {size} bytes that its size says; type the command again "
+            "when nothing writes to it"
+        )
+    return content
 
 
 def _refuse_other_than_json(head: bytes, file: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,8 @@ class VOCSource:
                 )
             MetadataCatalog.get(self.name).set(thing_classes=list(classes))
         ids = {name: index for index, name in enumerate(classes)}
-        places = _image_folders(folder)
-        records = [_load_image(folder, places, image_id, ids) for image_id in self.image_ids()]
+        load = partial(_load_image, folder, _image_folders(folder), _home(folder), ids)
+        records = [load(image_id) for image_id in self.image_ids()]
         require_images(records, self._what())
         return records
 
@@ -182,6 +183,16 @@ def image_files(folder: Path) -> list[Path]:
 
 def _image_folders(folder: Path) -> list[Path]:
     return [folder / name for name in _IMAGE_FOLDERS if (folder / name).is_dir()]
+
+
+def _home(folder: Path) -> Path:
+    """Where a missing image is wanted: the first folder that holds images, else VOC's own."""
+    places = _image_folders(folder)
+    for place in places:
+        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in place.iterdir()):
+            return place
+    own = [place for place in places if place.name in _IMAGE_FOLDERS[:3]]
+    return own[0] if own else folder / _IMAGE_FOLDERS[0]
 
 
 def _split_ids(folder: Path, split: str | None) -> list[str]:
@@ -249,13 +260,13 @@ def _size(root: ET.Element, path: str, file: Path) -> int:
 
 
 def _load_image(
-    folder: Path, places: Sequence[Path], image_id: str, ids: dict[str, int]
+    folder: Path, places: Sequence[Path], home: Path, ids: dict[str, int], image_id: str
 ) -> dict[str, Any]:
     file = annotations_folder(folder) / f"{image_id}.xml"
     root = _parse(file)
     filename = contained((root.findtext("filename") or "").strip(), f"{file}: <filename>")
     return {
-        "file_name": _find_image(places, image_id, filename),
+        "file_name": _find_image(places, home, image_id, filename),
         "image_id": image_id,
         "height": _size(root, "size/height", file),
         "width": _size(root, "size/width", file),
@@ -263,7 +274,7 @@ def _load_image(
     }
 
 
-def _find_image(places: Sequence[Path], image_id: str, filename: str) -> str:
+def _find_image(places: Sequence[Path], home: Path, image_id: str, filename: str) -> str:
     suffixes = [suffix for low in IMAGE_SUFFIXES for suffix in (low, low.upper())]
     if filename.lower().endswith(".xml"):  # the annotation's own name, which is no image's
         filename = ""
@@ -274,7 +285,7 @@ def _find_image(places: Sequence[Path], image_id: str, filename: str) -> str:
         for place in places:
             if (place / name).is_file():
                 return str(place / name)
-    return str(places[0] / likely)
+    return str(home / likely)
 
 
 def _name(item: ET.Element, file: Path) -> str:

@@ -59,9 +59,10 @@ def check_recipe(recipe: Recipe, *, training: bool = True, resume: bool = False)
     _check_writable(recipe.output_dir, other_folder)
     last = Path(recipe.output_dir) / "last_checkpoint"
     if training and not resume and last.is_file():
+        name = last.read_text(errors="replace").strip()
         raise ConfigError(
-            f"{recipe.output_dir} holds an earlier training ({last.read_text().strip()}), which a "
-            f"new one would overwrite; type --resume to go on with it, or {other_folder}"
+            f"{recipe.output_dir} holds an earlier training ({name}), which a new one would "
+            f"overwrite; type --resume to go on with it, or {other_folder}"
         )
 
 

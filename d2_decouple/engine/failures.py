@@ -136,25 +136,29 @@ def enough_disk(folder: str | os.PathLike[str], remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            what, cure = _room(folder), "make room"
-        elif _about(error, folder):
-            what, cure = "the folder cannot be written", f"make it so, or type {remedy}"
+        output = Path(os.path.abspath(folder))
+        named = _named(error) or output
+        place = output if named.is_relative_to(output) else named.parent
+        if not output.is_dir() or (error.errno in _NOT_WRITABLE and place == output):
+            place, what = output, "the folder cannot be written"
+            cure = f"make it so, or type {remedy}"
+        elif error.errno in _NO_ROOM:  # perhaps of the folder for temporary files
+            what, cure = _room(place), "make room"
         else:
             raise
         raise TrainingError(
-            f"a file in {os.path.abspath(folder)} could not be written ({error.strerror}: {what}). "
+            f"a file in {place} could not be written ({error.strerror}: {what}). "
             f"Checkpoints written before are whole: {cure} and go on with --resume"
         ) from error
 
 
-def _about(error: OSError, folder: str | os.PathLike[str]) -> bool:
-    """Whether it is the output folder that cannot be written, or is gone."""
-    if not Path(folder).is_dir():
-        return True
-    named = os.path.abspath(os.fsdecode(error.filename or folder))
-    return error.errno in _NOT_WRITABLE and named.startswith(os.path.abspath(folder))
+def _named(error: OSError) -> Path | None:
+    """The file that an error names, if it does; it may name a number of one that is open."""
+    name = error.filename
+    return (
+        None if name is None or isinstance(name, int) else Path(os.path.abspath(os.fsdecode(name)))
+    )
 
 
-def _room(folder: str | os.PathLike[str]) -> str:
+def _room(folder: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"

@@ -57,7 +57,7 @@ def meeting(backend: str) -> Iterator[None]:
             raise
         raise LostProcessError(
             f"process {rank} of {processes} cannot go on, since another one has ended: "
-            f"{_last_words(store, rank)}. What was saved is whole: mend that, and the same command "
+            f"{_last_words(store)}. What was saved is whole: mend that, and the same command "
             "with --resume goes on from the last checkpoint, with as many processes as you like"
         ) from error
     except Exception as error:
@@ -81,7 +81,7 @@ def _leave_word(store: dist.Store, rank: int, message: str) -> None:
             store.set(_ENDED, f"process {rank} on {socket.gethostname()}: {message}")
 
 
-def _last_words(store: dist.Store, rank: int) -> str:
+def _last_words(store: dist.Store) -> str:
     """The first error of another process; a killed one leaves none."""
     until = time.monotonic() + _WORDS
     with suppress(RuntimeError, ValueError):

@@ -22,7 +22,9 @@ def write_text(file: Path, text: str) -> None:
     """Replace the file, or leave the old one as it is where that fails."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.unlink(missing_ok=True)  # it may be a link, and lead to another file
+        with open(unfinished, "x", encoding="utf-8") as output:
+            output.write(text)
         os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -45,9 +45,8 @@ def draw_detections(
         (round(H * scale), round(W * scale), 3) RGB, uint8.
     """
     height, width = (max(round(side * scale), 1) for side in image.shape[:2])
-    picture = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    if scale > 1:
-        picture = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    way = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    picture = cv2.resize(image, (width, height), interpolation=way)
     frame = np.array([width / image.shape[1], height / image.shape[0]] * 2)
     corners = np.clip(np.rint(found.boxes * frame), 0, [width - 1, height - 1] * 2).astype(int)
     for index in reversed(range(len(names))):

@@ -59,6 +59,10 @@ def _as_rgb(pixels: np.ndarray, path: Path) -> np.ndarray:
             f"{path} holds numbers of {pixels.dtype}; wanted are 8 or 16 bits: convert it"
         )
     pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if pixels.shape[2] not in (1, 3, 4):
+        raise ImageFileError(
+            f"{path} has {pixels.shape[2]} channels; wanted are 1, 3 or 4: convert it"
+        )
     if pixels.shape[2] == 1:
         return np.repeat(pixels, 3, axis=2)
     color = pixels[..., 2::-1]

@@ -172,7 +172,14 @@ def _description(session: Any, path: str) -> Mapping[str, Any]:
             f"{path} was not written by python -m d2_decouple.export: its metadata has no "
             f"{DESCRIPTION!r}"
         )
-    description = json.loads(text)
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ExportedModelError(
+            f"{path} has a damaged description ({error}); export it again"
+        ) from error
+    if not isinstance(description, dict):
+        raise ExportedModelError(f"{path} has no description but {text[:80]!r}; export it again")
     if description.get("format") != FORMAT:
         raise ExportedModelError(
             f"{path} has a description of format {description.get('format')}, this version reads "

@@ -164,7 +164,7 @@ def read_table() -> dict[str, dict[str, Any]]:
     """
     try:
         table: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ZooError(
             f"{TABLE} cannot be read ({error}); in a checkout, type python -m d2_decouple.zoo "
             "update; else install d2-decouple again"

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import find_config, get_config
+from yaml import YAMLError
+
+from ..config import config_names, find_config, get_config
 from .catalogue import ZooError, train_command
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["TRAINED", "ZooModel", "get", "train", "trained_weights", "zoo_folder"]
+
+_logger = logging.getLogger(__name__)
 
 TRAINED = "trained"
 """The name of the weights that :func:`train` makes."""
@@ -148,17 +153,32 @@ def _like(folders: Sequence[Path]) -> Iterator[Path]:
     for folder in folders:
         for found in sorted(folder.parent.glob(f"{name}_seed{seed}_*")):
             kept = found / "config.yaml"
-            if kept.is_file():
+            if not kept.is_file():
+                continue
+            try:
                 changed = config_changes(kept.read_text(encoding="utf-8"), now)
-                if not {*changed} - {"train.output_dir", "train.device"}:
-                    yield found
+            except (ValueError, YAMLError) as error:
+                _logger.warning("%s is passed over, it cannot be read: %s", kept, error)
+                continue
+            if not {*changed} - {"train.output_dir", "train.device"}:
+                yield found
 
 
 def _source(name: str) -> str:
-    """The recipe whose training makes a recipe's weights: mostly itself."""
+    """The recipe whose training makes a recipe's weights: mostly itself.
+
+    Raises:
+        ZooError: a file of one's own, whose name may be a recipe's all the same.
+    """
     from ..evaluation.small_data import ROWS
 
-    stem = find_config(name).stem
+    file = find_config(name)
+    stem = file.stem
+    if stem not in config_names() or find_config(stem).resolve() != file.resolve():
+        raise ZooError(
+            f"{file} is no recipe of this package, so nothing is known of its training; give its "
+            "weights as a file or an address"
+        )
     return next((row.weights for row in ROWS if row.recipe == stem and row.weights), stem)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import config_names, find_config, get_config
+from ..config import config_names, find_config, get_config, nearest
 from ..evaluation.files import write_text
 from .catalogue import TABLE, Costs, ZooError, read_table
 from .costs import count_costs
@@ -44,10 +44,13 @@ def update(*, recount: bool = False, only: Collection[str] | None = None) -> tup
         How many models there are, and of how many costs were counted.
 
     Raises:
-        ZooError: this is no checkout, or a document and the recipes do not agree.
+        ZooError: this is no checkout, a document and the recipes do not agree, or ``only`` names
+            no recipe.
     """
     before = read_table() if TABLE.is_file() else {}
-    table, changed = known_of(), []
+    table, changed = known_of(), list[str]()
+    if unknown := sorted({*(only or ())} - table.keys()):
+        raise ZooError(f"no recipe {unknown[0]!r}; {nearest(unknown[0], table)}")
     for name, known in table.items():
         cfg = get_config(name)
         known.update(_schedule(cfg), model=model_hash(cfg))

@@ -19,12 +19,14 @@ from backbone_models import (
     their_features,
     their_resnet,
 )
-from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone import Backbone, BasicStem, ResNet
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
 
 from d2_decouple.checkpoint.backbones import (
+    IMAGENET,
     Normalization,
+    _normalization,
     convert_resnet,
     fit_backbone,
     unwrap,
@@ -253,3 +255,45 @@ def test_features_are_timms(name, tmp_path):
     other = timm.create_model("resnet18d", pretrained=False).state_dict()
     with pytest.raises(CheckpointError, match=r"conv1\.0\.weight"):
         load(Detector(our_resnet(18)), other)
+
+
+def config_beside(folder, text):
+    (folder / "config.json").write_text(text)
+    return str(folder / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, "[]", '{"mean": 1, "std": 1}', '{"mean": [1], "std": [1]}']
+)
+def test_a_config_of_another_program_says_nothing(tmp_path, text):
+    assert _normalization(config_beside(tmp_path, text)) == IMAGENET
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ("[NaN, 0, 0]", "[1, 1, 1]"),
+        ("[0, Infinity, 0]", "[1, 1, 1]"),
+        ("[0, 0, 0]", "[1, 1, 0]"),
+        ("[0, 0, 0]", "[1, -0.5, 1]"),
+        ("[0, 0, 0]", "[NaN, 1, 1]"),
+        ("[0, 0, 0]", "[1, Infinity, 1]"),
+        (f"[{10**400}, 0, 0]", "[1, 1, 1]"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_named(tmp_path, mean, std):
+    file = config_beside(tmp_path, f'{{"pretrained_cfg": {{"mean": {mean}, "std": {std}}}}}')
+    with pytest.raises(CheckpointError, match=r"config\.json says .* delete it and ImageNet's"):
+        _normalization(file)
+
+
+def test_a_backbone_without_tensors_takes_nothing_from_a_file():
+    """Half of its none are there, and the file's would be thrown away."""
+
+    class Empty(Backbone):
+        def forward(self, image):
+            return {}
+
+    model = nn.ModuleDict({"backbone": Empty(), "head": nn.Linear(2, 3)})
+    checkpoint = {"model": {"weight": torch.zeros(3, 2)}}
+    assert fit_backbone(checkpoint, model) == checkpoint

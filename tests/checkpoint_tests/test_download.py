@@ -29,7 +29,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(content) + self.server.kept_back))
+        if self.server.in_pieces:  # the last of which, an empty one, does not come
+            self.send_header("Transfer-Encoding", "chunked")
+            content = f"{len(content):x}\r\n".encode() + content + b"\r\n"
+        else:
+            self.send_header("Content-Length", str(len(content) + self.server.kept_back))
         self.end_headers()
         self.wfile.write(content)
 
@@ -42,6 +46,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.files, http.asked, http.kept_back = {"/models/a.pth": CONTENT}, [], 0
+    http.in_pieces = False
     http.url = f"http://127.0.0.1:{http.server_port}"
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
@@ -118,6 +123,41 @@ def test_a_download_that_breaks_off_leaves_nothing(server, tmp_path):
     with pytest.raises(CheckpointError, match=r"could not be fetched .*bytes"):
         download(f"{server.url}/models/a.pth")
     assert left(tmp_path) == []
+
+
+def test_pieces_that_break_off_leave_nothing(server, tmp_path):
+    server.in_pieces = True
+    with pytest.raises(CheckpointError, match=r"could not be fetched \(IncompleteRead.*bring the"):
+        download(f"{server.url}/models/a.pth")
+    assert left(tmp_path) == []
+
+
+def test_an_address_with_a_blank_is_named(server):
+    with pytest.raises(CheckpointError, match=r"my weights\.pth could not be fetched \(URL can't"):
+        download(f"{server.url}/models/my weights.pth")
+
+
+def test_a_cache_that_cannot_be_made_is_named(server, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(CheckpointError, match=r"could not be fetched \(.*Not a directory.*put it"):
+        download(f"{server.url}/models/a.pth")
+
+
+def test_a_damaged_note_is_another_hash(server):
+    file = download(f"{server.url}/models/a.pth")
+    (file.parent / "a.pth.sha256").write_bytes(b"\xff\xfe")
+    with pytest.raises(DamagedCheckpointError, match=r"delete it and a\.pth\.sha256"):
+        download(f"{server.url}/models/a.pth")
+
+
+def test_a_cache_that_is_somebody_elses_is_used(server, tmp_path, caplog):
+    file = tmp_path / "cache" / f"127.0.0.1_{server.server_port}" / "b.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(CONTENT)
+    (file.parent / "b.pth.sha256").mkdir()  # root could write into any folder
+    assert download(f"{server.url}/b.pth") == file
+    assert "b.pth is not watched" in caplog.text
 
 
 def test_without_a_network_the_message_says_where_the_file_belongs(server, tmp_path):

@@ -7,12 +7,14 @@ import random
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from d2_decouple.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from d2_decouple.checkpoint.files import write_whole
 from d2_decouple.engine.trainer import Average
 
 
@@ -220,3 +222,53 @@ def test_averaged_weights_are_taken_except_to_go_on(tmp_path, caplog):
     Checkpointer(again, str(tmp_path), ema=average_again).resume_or_load("", resume=True)
     assert (again.backbone.weight == 3).all()
     assert torch.equal(average_again.model.backbone.weight, average.model.backbone.weight)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x80", b"", b"model_0000007.pth", b"\0" * 17])
+def test_a_damaged_tag_is_passed_over(content, tmp_path, caplog):
+    """Then the newest file is gone on from, and the log says so."""
+    _, newest = saved(tmp_path, 10, 20)
+    (tmp_path / "last_checkpoint").write_bytes(content)
+    counter = Counter()
+    checkpointer = Checkpointer(Model(), str(tmp_path), counter=counter)
+    assert checkpointer.get_checkpoint_file() == str(newest)
+    checkpointer.resume_or_load("")
+    assert counter.count == 20
+    warned = f"there is no such checkpoint: going on from the newest, {newest.name}"
+    assert (warned in caplog.text) == bool(content)
+
+
+def test_a_sound_tag_is_followed_without_a_word(tmp_path, caplog):
+    older, _ = saved(tmp_path, 10, 20)
+    (tmp_path / "last_checkpoint").write_text(older.name)
+    counter = Counter()
+    Checkpointer(Model(), str(tmp_path), counter=counter).resume_or_load("")
+    assert counter.count == 10
+    assert "no such checkpoint" not in caplog.text
+
+
+def test_nothing_is_written_through_a_link_or_into_what_was_cut_off(tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("mine")
+    (tmp_path / "a.tmp").symlink_to(other)
+    (tmp_path / "b.tmp").write_bytes(b"longer than what is written now")
+    for name in ("a", "b"):
+        write_whole(tmp_path / name, lambda file: file.write(b"new"))
+        assert (tmp_path / name).read_bytes() == b"new"
+        assert not (tmp_path / name).is_symlink()
+    assert other.read_text() == "mine"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_link_that_comes_in_between_is_not_followed(tmp_path, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text("mine")
+
+    def replaced(file, missing_ok=False):
+        if not file.is_symlink():
+            file.symlink_to(other)
+
+    monkeypatch.setattr(Path, "unlink", replaced)
+    with pytest.raises(CheckpointError, match="File exists"):
+        write_whole(tmp_path / "a", lambda file: file.write(b"new"))
+    assert other.read_text() == "mine"

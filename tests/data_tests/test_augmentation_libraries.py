@@ -145,6 +145,8 @@ class RightPart(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return v2.functional.crop(inpt, 0, 26, 48, 38)
 
+    _transform = transform  # its name before torchvision 0.21
+
 
 def test_min_visibility() -> None:
     library = pytest.importorskip("albumentations")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults in a VOC folder are found when it is loaded: counted and cut, dropped, or named."""
 
+import shutil
+
 import pytest
 from PIL import Image
 
@@ -90,6 +92,26 @@ def test_missing_images_are_counted_and_the_first_is_named(folder):
     (root / "JPEGImages/2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"2 of the 3 images .*'train'.*JPEGImages.1\.png"):
         load_voc(root, "train", ["cell"])
+
+
+@pytest.mark.parametrize(
+    ("kept", "wanted"),
+    [
+        ((), "JPEGImages/0.png"),  # the folder is gone
+        (("Images/other.txt",), "Images/0.png"),  # there, and empty
+        (("Annotations/1.png",), "Annotations/0.png"),  # where others lie
+        (("1.png", "JPEGImages/notes.txt"), "0.png"),
+    ],
+)
+def test_missing_images_are_wanted_where_images_lie(folder, kept, wanted):
+    root = folder([], [])
+    shutil.rmtree(root / "JPEGImages")
+    for name in kept:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    with pytest.raises(FileNotFoundError) as caught:
+        load_voc(root, "train", ["cell"])
+    assert f"the first is {root / wanted};" in str(caught.value)
 
 
 def replace_in(file, old, new):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training that is stopped, killed or fails, and goes on: real images, bit for bit."""
 
+import importlib
 import json
 import os
 import signal
@@ -15,6 +16,10 @@ from util import environment
 
 from d2_decouple.engine.trainer import Trainer
 from d2_decouple.train import main
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+
+differences = importlib.import_module("tiny_runs").differences
 
 DATA = [
     "dataloader.train.dataset.names=bccd_mini_train",
@@ -53,22 +58,6 @@ def command(kind, folder):
         return ["--config-file", LAZY[kind], *EVERYTHING, f"train.output_dir={folder}"]
     # By this door a method that computes on its own predictions: the operator, two label sets.
     return ["--config-file", "pdnet_R_18_FPN_bccd.yaml", *YACS, "OUTPUT_DIR", str(folder)]
-
-
-def differences(one, two, path=""):
-    """Paths at which two checkpoints are not bit-equal."""
-    if isinstance(one, dict):
-        found = [path] if one.keys() != two.keys() else []
-        shared = one.keys() & two.keys()
-        return found + [x for k in shared for x in differences(one[k], two[k], f"{path}/{k}")]
-    if isinstance(one, list | tuple):
-        same = len(one) == len(two)
-        pairs = enumerate(zip(one, two, strict=False))
-        return ([] if same else [path]) + [
-            x for i, (a, b) in pairs for x in differences(a, b, f"{path}/{i}")
-        ]
-    same = torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
-    return [] if same else [path]
 
 
 def checkpoint(folder, name="model_final.pth"):
@@ -114,13 +103,6 @@ def test_a_stopped_and_resumed_training_equals_the_unbroken_one(
     steps = [[row["iteration"] for row in side if "total_loss" in row] for side in rows]
     assert steps[0][-1] == steps[1][-1] == 4
     assert kind == "yacs" or steps[0] == steps[1] == [0, 1, 2, 3, 4]
-
-
-def test_differences_are_found():
-    one = {"a": [torch.zeros(2), 1], "b": 2}
-    assert not differences(one, {"a": [torch.zeros(2), 1], "b": 2})
-    other = {"a": [torch.tensor([0.0, 1e-30]), 1], "b": 3}
-    assert sorted(differences(one, other)) == ["/a/0", "/b"]
 
 
 def started(arguments, folder):
@@ -201,8 +183,9 @@ def test_processes_that_do_not_see_the_same_checkpoints_are_named(tmp_path, monk
         assert part in message
 
 
-def test_an_earlier_training_is_not_overwritten(tmp_path, capsys):
-    (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe"])
+def test_an_earlier_training_is_not_overwritten(damage, tmp_path, capsys):
+    (tmp_path / "last_checkpoint").write_bytes(b"model_0000099.pth" + damage)
     assert main(command("lazy", tmp_path)) == 1
     message = capsys.readouterr().err
     for part in (str(tmp_path), "model_0000099.pth", "--resume", "train.output_dir="):

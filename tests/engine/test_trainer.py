@@ -213,7 +213,8 @@ def test_metrics_forget_what_will_come_again(tmp_path):
     forget_after(tmp_path / "none.json", 3)
 
 
-def test_the_line_says_how_far_it_is(caplog, capsys):
+def test_the_line_says_how_far_it_is(caplog, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     trainer = make()
     trainer.train(0, 3)
     progress = Progress(8, terminal=True)

@@ -162,6 +162,25 @@ def test_an_error_of_another_file_is_not_the_output_folders(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "metrics.json")
 
 
+def test_a_folder_whose_name_begins_alike_is_another_one(tmp_path):
+    for named in (str(tmp_path / "output2" / "a.jpg"), None, 7):
+        (tmp_path / "output").mkdir(exist_ok=True)
+        error = PermissionError(errno.EACCES, "Permission denied", named)
+        ours = not isinstance(named, str)  # without a name it must be ours
+        stopped = pytest.raises(TrainingError if ours else PermissionError)
+        with stopped, enough_disk(tmp_path / "output", ""):
+            raise error
+
+
+def test_a_full_disk_elsewhere_is_named(tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "temporary").mkdir()
+    error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "temporary" / "a"))
+    with pytest.raises(TrainingError) as stop, enough_disk(tmp_path / "output", ""):
+        raise error
+    assert f"a file in {tmp_path / 'temporary'} could not be written" in str(stop.value)
+
+
 def test_files_that_may_not_grow_end_it_and_leave_what_was_saved(
     unbroken, tmp_path, monkeypatch, capsys
 ):

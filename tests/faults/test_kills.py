@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -103,6 +104,28 @@ def test_a_training_that_ends_before_its_kill_is_an_error(tmp_path):
     (tmp_path / "console.txt").write_text("last words")
     with pytest.raises(faults.RunError, match=r"ended \(status 0\) before(.|\n)*last words"):
         faults.wait_for(Ended(), lambda: False, tmp_path / "console.txt")
+
+
+def test_a_node_that_does_not_end_is_killed_and_named(tmp_path, monkeypatch):
+    did = []
+
+    class Hanging:
+        def __init__(self, words, **options):
+            pass
+
+        def wait(self, seconds=None):
+            did.append("wait")
+            if seconds is not None:
+                raise subprocess.TimeoutExpired("torchrun", seconds)
+
+        def kill(self):
+            did.append("kill")
+
+    tiny = tiny_runs.TinyTraining(tmp_path, "fcos", iterations=1)
+    monkeypatch.setattr(faults.subprocess, "Popen", Hanging)
+    with pytest.raises(faults.RunError, match=r"a node did not end in 600 s, see .*node_0\.txt"):
+        faults.two_nodes(tiny, tmp_path / "out")
+    assert did == ["wait", "kill", "wait", "kill", "wait"]
 
 
 def test_every_method_has_a_tiny_training():

@@ -301,6 +301,21 @@ def yolo_date_that_is_none(folder: Path) -> Call:
     return yolo_folder(folder, "train: images/train\nnames: [2001-99-99]\n")
 
 
+@case(r"cannot read .*data\.yaml as yaml: 'perhaps' is nothing for the tag tag:yaml\.org,2002:bool")
+def yolo_truth_that_is_none(folder: Path) -> Call:
+    return yolo_folder(folder, "train: images/train\nnames: [!!bool perhaps]\n")
+
+
+@case(r"cannot read .*data\.yaml as yaml: 'now' is nothing for the tag .*timestamp")
+def yolo_time_that_is_none(folder: Path) -> Call:
+    return yolo_folder(folder, "train: images/train\nnames: [!!timestamp now]\n")
+
+
+@case(r"cannot read .*data\.yaml as yaml: '' is nothing for the tag .*int")
+def yolo_number_that_is_none(folder: Path) -> Call:
+    return yolo_folder(folder, "train: images/train\nnames: [!!int '']\n")
+
+
 @case(r"cannot read .*data\.yaml as yaml: ")
 def yolo_character_that_is_none(folder: Path) -> Call:
     return yolo_folder(folder, 'train: images/train\nnames: ["\\UFFFFFFFF"]\n')

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hostile files of weights, configs and archives."""
 
+import codecs
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from cases import Call, case
 from torch import nn
@@ -73,6 +75,30 @@ def pickle_of_object_67108863(folder: Path) -> Call:
     return loading(folder / "a.pkl", b"\x80\x02Nr" + struct.pack("<I", 2**26 - 1) + b"N.")
 
 
+class Made:
+    """Is pickled as an array, whose numbers may be anything."""
+
+    def __init__(self, count: int, numbers: Any) -> None:
+        self.state = 1, (count,), np.dtype("u1"), False, numbers
+
+    def __reduce__(self) -> Any:
+        function, arguments, _ = np.zeros(0, "u1").__reduce__()
+        return function, arguments, self.state
+
+
+@case(r"a\.pkl cannot be read as a checkpoint: .*an array's numbers are a int", DAMAGED)
+def pickle_of_2_gib_in_a_number(folder: Path) -> Call:
+    # bytes(n) are n zeros.
+    made = Made(2**31, 2**31)
+    return loading(folder / "a.pkl", pickle.dumps({"weight": made}, protocol=2))
+
+
+@case(r"a\.pkl cannot be read as a checkpoint: .*it holds a bytearray", DAMAGED)
+def pickle_that_claims_a_bytearray_of_2_gib(folder: Path) -> Call:
+    # 12 bytes: Python makes room for the length before it looks whether so much follows.
+    return loading(folder / "a.pkl", b"\x80\x05\x96" + struct.pack("<Q", 2**31) + b".")
+
+
 @case(r"a\.pkl cannot be read as a checkpoint: .*it has no tensors", DAMAGED)
 def pickle_of_nothing(folder: Path) -> Call:
     return loading(folder / "a.pkl", pickle.dumps({"blobs": {}}, protocol=2))
@@ -81,6 +107,29 @@ def pickle_of_nothing(folder: Path) -> Call:
 @case(r"a\.pth cannot be read as a checkpoint: .*bytearray, which is no part of weights", DAMAGED)
 def checkpoint_that_asks_for_5_gib(folder: Path) -> Call:
     return saved(folder, {"model": {}, "more": Calls(bytearray, 5 * 2**30)})
+
+
+@case(r"a\.pth cannot be read as a checkpoint: .*would take 1024 MiB more", DAMAGED)
+def checkpoint_that_encodes_a_text_2000_times(folder: Path) -> Call:
+    text = "a" * 2**20
+    calls = [Calls(codecs.encode, text, "latin1") for _ in range(2000)]
+    return saved(folder, {"model": {}, "more": calls})
+
+
+@case(r"a\.pth cannot be read as a checkpoint: .*would take 1024 MiB more", DAMAGED)
+def checkpoint_of_old_that_makes_300_sets_of_a_list(folder: Path) -> Call:
+    numbers = list(range(100_000))
+    calls = [Calls(set, numbers) for _ in range(300)]
+    return saved(folder, {"model": {}, "more": calls}, old=True)
+
+
+@case(r"a\.pth cannot be read as a checkpoint: .*bytearray, which is no part of weights", DAMAGED)
+def checkpoint_in_capital_letters_that_asks_for_5_gib(folder: Path) -> Call:
+    call = saved(folder, {"model": {}, "more": Calls(bytearray, 5 * 2**30)})
+    # torch looks for data.pkl, and does not tell small letters from large ones.
+    raw = (folder / "a.pth").read_bytes()
+    (folder / "a.pth").write_bytes(raw.replace(b"data.pkl", b"DATA.PKL"))
+    return call
 
 
 @case(r"a\.pth cannot be read as a checkpoint: .*it was packed", DAMAGED)

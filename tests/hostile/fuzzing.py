@@ -62,6 +62,8 @@ TOKENS = [
     b"*x",
     b"<!DOCTYPE a [<!ENTITY b 'c'>]>",
     b"!!python/object/apply:os.getcwd []",
+    b"!!bool x",
+    b"!!timestamp x",
     b"null",
     b"[]",
     b"{}",

@@ -62,6 +62,7 @@ def measured(call: Callable[[], Any], base: Path) -> Answer:
 
 def _answer(call: Callable[[], Any], outside: Path) -> Answer:
     opened: list[str] = []
+    outside = outside.resolve()  # as the names below, whose links are looked through
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         # Of every opening in Python; a name is as it was given, so links are looked through.
