@@ -27,15 +27,11 @@ def check_exportable(model: Any) -> OneStageDetector:
     """The model itself, if all that is around its networks can be written into a file.
 
     Raises:
-        ExportError: a two-stage detector, one that counts boxes in another way, or a selection
-            that is not the plain one.
+        ExportError: a two-stage detector, a one-stage detector of another package, one that counts
+            boxes in another way, or a selection that is not the plain one.
     """
     if not isinstance(model, OneStageDetector):
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported: the regions that its second stage reads "
-            "are other ones, and another number of them, for each image. Export a one-stage "
-            "detector (OneStageDetector), such as fcos_R_50_FPN_1x"
-        )
+        raise ExportError(f"{type(model).__name__} cannot be exported: {_obstacle(model)}")
     if model.side_offset:
         raise ExportError(
             f"{type(model).__name__} counts the last pixel of a box as inside it, which exported "
@@ -59,6 +55,21 @@ def check_exportable(model: Any) -> OneStageDetector:
             f"model.selection.clip is {selection.clip!r}; wanted is clip_to_image or None"
         )
     return model
+
+
+def _obstacle(model: Any) -> str:
+    """What is in the way of a model that is no detector of one stage of ours."""
+    if hasattr(model, "roi_heads"):
+        return (
+            "the regions that its second stage reads are other ones, and another number of them, "
+            "for each image. Export a one-stage detector (OneStageDetector), such as "
+            "fcos_R_50_FPN_1x"
+        )
+    return (
+        f"it comes from {type(model).__module__}, and wanted is a OneStageDetector. Weights of "
+        "Detectron2's own RetinaNet and FCOS load into the recipes retinanet_... and fcos_... "
+        "without _d2: name one of these in --config-file"
+    )
 
 
 def describe(

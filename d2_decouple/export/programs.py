@@ -25,7 +25,12 @@ LEAST_OPSET = 18
 _DEFORMABLE_OPSET = 19
 # Of the example image: no level of any pyramid has one cell in a direction, nor as many as another.
 _EXAMPLE = (2, 3, 300, 450)
+# Of another size in each direction, still with two cells in the coarsest map's.
+_OTHER_EXAMPLE = (3, 3, 190, 290)
+_DEFORMABLE_RUNTIME = "onnxruntime 1.25 or newer"
 _EXTRAS = ("onnx", "onnxscript")
+# Older exporters write files that onnxruntime refuses, or none.
+_LEAST_TORCH = (2, 10)
 
 
 def traced(graph: ExportableDetector, *, fixed_size: tuple[int, int] | None = None) -> Any:
@@ -35,14 +40,36 @@ def traced(graph: ExportableDetector, *, fixed_size: tuple[int, int] | None = No
         graph: what to trace.
         fixed_size: (H, W) of the only images that it shall take, one at a time; by default any
             number of images of any one size.
+
+    Raises:
+        ExportError: the model can be traced for one size only, since it computes in Python with
+            the sizes of its maps.
     """
     example = torch.zeros(_EXAMPLE if fixed_size is None else (1, 3, *fixed_size))
     free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     # Not under grad mode: the graph would be told to switch it off and on.
     with torch.no_grad():
-        return torch.export.export(
-            graph, (example,), dynamic_shapes=None if fixed_size else {"image": free}, strict=False
-        )
+        if fixed_size is not None:
+            return torch.export.export(graph, (example,), strict=False)
+        try:
+            program = torch.export.export(
+                graph, (example,), dynamic_shapes={"image": free}, strict=False
+            )
+            # What was assumed of the sizes is checked by this module, and lost in an ONNX file.
+            program.module()(torch.zeros(_OTHER_EXAMPLE))
+        except (torch._dynamo.exc.UserError, AssertionError) as error:
+            raise ExportError(_size_needed(graph, error)) from error
+    return program
+
+
+def _size_needed(graph: ExportableDetector, error: Exception) -> str:
+    pyramid = graph.backbone
+    network = getattr(pyramid, "bottom_up", getattr(pyramid, "net", pyramid))
+    return (
+        f"{type(network).__name__} computes with the sizes of its maps, so that a file traced with "
+        f"one size of images is wrong for others ({str(error).splitlines()[0]}); type --size H W, "
+        "the size of images after resizing"
+    )
 
 
 def export_file(
@@ -85,9 +112,19 @@ def export_file(
             f"--format {kind} has no pooling to a size that is not known before, which the "
             "backbone's BFP needs; type --size H W, the size of images after resizing"
         )
+    _require_torch()
     with FreeSizes() if kind == "onnx" else nullcontext():
         program = traced(graph, fixed_size=fixed_size)
     FORMATS[kind](program, graph, description, file, opset)
+
+
+def _require_torch() -> None:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _LEAST_TORCH:
+        least = ".".join(map(str, _LEAST_TORCH))
+        raise ExportError(
+            f"the export needs torch {least} or newer, and this is {torch.__version__}; type: "
+            f"pip install 'torch>={least}' torchvision"
+        )
 
 
 def _require_extras() -> None:
@@ -103,8 +140,9 @@ def _require_operators(graph: ExportableDetector, opset: int) -> None:
     deformable = any(isinstance(module, DeformConv2d) for module in graph.modules())
     if deformable and opset < _DEFORMABLE_OPSET:
         raise ExportError(
-            f"the backbone has deformable convolutions, which ONNX has from opset "
-            f"{_DEFORMABLE_OPSET} on, and --opset is {opset}; type --opset {_DEFORMABLE_OPSET}"
+            f"the model has deformable convolutions, which ONNX has from opset "
+            f"{_DEFORMABLE_OPSET} on, and --opset is {opset}; type --opset {_DEFORMABLE_OPSET}. To "
+            f"run such a file takes {_DEFORMABLE_RUNTIME}"
         )
 
 

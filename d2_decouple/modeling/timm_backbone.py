@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ..config import nearest
@@ -53,7 +54,9 @@ class TimmBackbone(Backbone):
         super().__init__()
         timm = _timm(name)
         wanted = [str(feature) for feature in out_features]
-        create = {"pretrained": pretrained, **(options or {})}
+        # timm looks for lists and dicts; those of a config are others.
+        plain = {key: _plain(value) for key, value in (options or {}).items()}
+        create = {"pretrained": pretrained, **plain}
         net = _create(timm, name, create)
         found = _features(net, name)
         missing = [feature for feature in wanted if feature not in found]
@@ -166,6 +169,10 @@ def _timm(name: str) -> ModuleType:
     if tag and tag not in tags:
         raise ValueError(f"timm has no weights {tag!r} of {base}; {nearest(tag, tags)}")
     return timm
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _create(timm: ModuleType, name: str, options: Mapping[str, Any]) -> Any:

@@ -162,7 +162,13 @@ def _session(path: str, threads: int | None) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except (*kinds, faults.NotImplemented, faults.RuntimeException) as error:
-        raise ExportedModelError(f"{path} cannot be run by onnxruntime: {error}") from error
+        advice = (
+            f"; deformable convolutions need onnxruntime 1.25 or newer, this is "
+            f"{onnxruntime.__version__}: type pip install --upgrade onnxruntime"
+            if "DeformConv" in str(error)
+            else ""
+        )
+        raise ExportedModelError(f"{path} cannot be run by onnxruntime: {error}{advice}") from error
 
 
 def _description(session: Any, path: str) -> Mapping[str, Any]:

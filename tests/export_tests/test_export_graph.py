@@ -5,12 +5,14 @@ import copy
 
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from PIL import Image
 from torchvision.ops import DeformConv2d
 from util import excite, tiny_model
 
+from d2_decouple.config import get_config
 from d2_decouple.data.legacy import LegacyResizeShortestEdge
 from d2_decouple.export import ExportError, exportable
 from d2_decouple.export.description import check_exportable, describe
@@ -139,6 +141,9 @@ def test_an_inverted_box_neither_drops_nor_is_dropped():
 def test_what_cannot_be_exported_says_why_and_what_can():
     with pytest.raises(ExportError, match=r"GeneralizedRCNN cannot be .* number of them.*one-st"):
         check_exportable(tiny_model("decoupled_rcnn_R_18_FPN_bccd"))
+    theirs = instantiate(get_config("retinanet_R_18_FPN_bccd_d2").model)
+    with pytest.raises(ExportError, match=r"^RetinaNet .*detectron2\..* FCOS .*without _d2"):
+        check_exportable(theirs)
     with pytest.raises(ExportError, match="the recipe without _official"):
         check_exportable(tiny_model("pdnet_R_50_FPN_2x_official"))
     model = tiny_model("fcos_R_18_FPN_bccd")
@@ -157,7 +162,7 @@ def test_what_cannot_be_exported_says_why_and_what_can():
         check_exportable(model)
 
 
-def test_ways_of_exporting_that_do_not_exist(tmp_path):
+def test_ways_of_exporting_that_do_not_exist(tmp_path, monkeypatch):
     graph = exportable(excited("fcos_R_18_FPN_bccd"), nms_inside=True)
     for options, message in (
         ({"kind": "tflite"}, "--format is 'tflite'; wanted is one of onnx, torch-export, aoti"),
@@ -171,8 +176,13 @@ def test_ways_of_exporting_that_do_not_exist(tmp_path):
     for kind in ("aoti", "torch-export"):
         with pytest.raises(ExportError, match=f"--format {kind} has no pooling.*type --size H W"):
             export_file(graph, {}, tmp_path / "a.pt2", kind=kind)
+    monkeypatch.setattr("torch.__version__", "2.9.1+cpu")
+    with pytest.raises(
+        ExportError, match=r"torch 2\.10 or newer, .* 2\.9\.1.*torch>=2\.10'"
+    ):
+        export_file(graph, {}, tmp_path / "a.pt2", kind="aoti", fixed_size=(64, 64))
     graph.head.cls_score = DeformConv2d(1, 1, 3)
-    with pytest.raises(ExportError, match=r"--opset is 18; type --opset 19"):
+    with pytest.raises(ExportError, match=r"--opset is 18; type --opset 19\. To run .* 1\.25"):
         export_file(graph, {}, tmp_path / "a.onnx")
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images for an exported model: read as they are displayed, resized as Pillow and Detectron2 do."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -10,11 +13,13 @@ from PIL import Image
 from d2_decouple.engine import resizing
 from d2_decouple.runtime.images import (
     ImageFileError,
+    _as_rgb,
     output_size,
     read_image,
     resized,
     stretched,
 )
+from d2_decouple.runtime.model import DESCRIPTION, ExportedModelError, _description
 
 
 def noise(height, width, seed=0):
@@ -119,3 +124,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     ):
         with pytest.raises(ImageFileError, match=message):
             read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_other_numbers_of_channels_are_named(channels):
+    with pytest.raises(ImageFileError, match=rf"a\.tif has {channels} channels; wanted are 1, 3"):
+        _as_rgb(np.zeros((4, 6, channels), np.uint8), Path("a.tif"))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", '"x"'])
+def test_a_damaged_description_is_named(text):
+    about = SimpleNamespace(custom_metadata_map={DESCRIPTION: text})
+    session = SimpleNamespace(get_modelmeta=lambda: about)
+    with pytest.raises(ExportedModelError, match=r"a\.onnx has .* description .*export it again"):
+        _description(session, "a.onnx")

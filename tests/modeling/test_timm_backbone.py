@@ -21,6 +21,13 @@ NET = "test_resnet"  # 32 channels at stride 2, then 32, 48, 192, 96
 CONVNEXT = "test_convnext"  # 24, 32, 48, 64 from stride 4 on
 
 
+def test_options_of_a_recipe_may_be_lists():
+    net = instantiate(L(TimmBackbone)(name=CONVNEXT, options=dict(depths=[1, 2, 1, 1])))
+    assert [len(stage.blocks) for stage in net.net.children() if hasattr(stage, "blocks")] == [
+        *(1, 2, 1, 1)
+    ]
+
+
 def test_maps_have_names_by_stride_and_are_timms_own():
     torch.manual_seed(0)
     ours = TimmBackbone(name=NET).eval()
