@@ -25,21 +25,28 @@ LEAST_OPSET = 18
 _DEFORMABLE_OPSET = 19
 # Of the example image: no level of any pyramid has one cell in a direction, nor as many as another.
 _EXAMPLE = (2, 3, 300, 450)
-# Of another size in each direction, still with two cells in the coarsest map's.
-_OTHER_EXAMPLE = (3, 3, 190, 290)
+# Of another size in each direction; TSCODE's coarsest maps still have more than one cell in each,
+# since the trace takes maps of one cell for another case.
+_OTHER_EXAMPLE = (3, 3, 390, 290)
 _DEFORMABLE_RUNTIME = "onnxruntime 1.25 or newer"
 _EXTRAS = ("onnx", "onnxscript")
 # Older exporters write files that onnxruntime refuses, or none.
 _LEAST_TORCH = (2, 10)
 
 
-def traced(graph: ExportableDetector, *, fixed_size: tuple[int, int] | None = None) -> Any:
+def traced(
+    graph: ExportableDetector,
+    *,
+    fixed_size: tuple[int, int] | None = None,
+    guarded: bool = True,
+) -> Any:
     """The graph as a ``torch.export.ExportedProgram``.
 
     Args:
         graph: what to trace.
         fixed_size: (H, W) of the only images that it shall take, one at a time; by default any
             number of images of any one size.
+        guarded: refuse also what the program itself would refuse at another size.
 
     Raises:
         ExportError: the model can be traced for one size only, since it computes in Python with
@@ -55,11 +62,28 @@ def traced(graph: ExportableDetector, *, fixed_size: tuple[int, int] | None = No
             program = torch.export.export(
                 graph, (example,), dynamic_shapes={"image": free}, strict=False
             )
-            # What was assumed of the sizes is checked by this module, and lost in an ONNX file.
-            program.module()(torch.zeros(_OTHER_EXAMPLE))
+            _compare_elsewhere(graph, program, guarded=guarded)
         except (torch._dynamo.exc.UserError, AssertionError) as error:
             raise ExportError(_size_needed(graph, error)) from error
     return program
+
+
+def _compare_elsewhere(
+    graph: ExportableDetector, program: torch.export.ExportedProgram, *, guarded: bool
+) -> None:
+    """Raise AssertionError unless a program answers what its graph does at another size.
+
+    What was assumed of the sizes is guarded in a program, and lost in an ONNX file. Some is always
+    true of the answers: a map that is cut to its own size stays what it is.
+    """
+    images = 255 * torch.rand(_OTHER_EXAMPLE, generator=torch.Generator().manual_seed(0))
+    if guarded:
+        program.module()(images)
+    try:
+        found = program.module(check_guards=False)(images)
+    except RuntimeError as error:  # maps that do not fit each other
+        raise AssertionError(str(error)) from error
+    torch.testing.assert_close(found, graph(images), rtol=1e-3, atol=1e-3)
 
 
 def _size_needed(graph: ExportableDetector, error: Exception) -> str:
@@ -114,7 +138,7 @@ def export_file(
         )
     _require_torch()
     with FreeSizes() if kind == "onnx" else nullcontext():
-        program = traced(graph, fixed_size=fixed_size)
+        program = traced(graph, fixed_size=fixed_size, guarded=kind != "onnx")
     FORMATS[kind](program, graph, description, file, opset)
 
 

@@ -34,7 +34,7 @@ MAP_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
 _EXTENSION = extension.status()  # read once: torch.compile would trace the reading
 
 # torch 2.4 to 2.6 cannot tell that they export: there the program keeps the operator.
-_is_exporting = getattr(torch.compiler, "is_exporting", bool)
+is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 def dynamic_point_gather(maps: Tensor, points: Tensor, reduction: str = "none") -> Tensor:
@@ -86,7 +86,7 @@ def _gather(maps: Tensor, points: Tensor, groups: int, sum_points: bool) -> Tens
         points = points.float()
     device = maps.device.type
     has_kernel = {"cpu": _EXTENSION.cpu, "cuda": _EXTENSION.cuda}.get(device, False)
-    if has_kernel and not _is_exporting():
+    if has_kernel and not is_exporting():
         return torch.ops.d2_decouple.point_gather(maps, points, groups, sum_points)
     if device == "cuda" and not has_kernel:
         _warn_once(_EXTENSION.reason)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
+from ..layers.point_gather import is_exporting
 from ..layers.strided import HalvingConv2d, StridedConv
 from .head import ClassPredictor, Size, map_size
 
@@ -281,5 +282,10 @@ def _strided_conv(channels: int, kernel_size: int, options: TSCODEOptions) -> St
 
 
 def _fitted(x: Tensor, like: Tensor) -> Tensor:
-    """A map at the size of another one, for pyramids that do not round sizes up."""
-    return x if map_size(x) == map_size(like) else F.interpolate(x, map_size(like), mode="nearest")
+    """A map at the size of another one, for pyramids that do not round sizes up.
+
+    A program that is being exported always resizes: which sizes are equal depends on the image.
+    """
+    if not is_exporting() and map_size(x) == map_size(like):
+        return x
+    return F.interpolate(x, map_size(like), mode="nearest")

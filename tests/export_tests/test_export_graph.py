@@ -177,9 +177,7 @@ def test_ways_of_exporting_that_do_not_exist(tmp_path, monkeypatch):
         with pytest.raises(ExportError, match=f"--format {kind} has no pooling.*type --size H W"):
             export_file(graph, {}, tmp_path / "a.pt2", kind=kind)
     monkeypatch.setattr("torch.__version__", "2.9.1+cpu")
-    with pytest.raises(
-        ExportError, match=r"torch 2\.10 or newer, .* 2\.9\.1.*torch>=2\.10'"
-    ):
+    with pytest.raises(ExportError, match=r"torch 2\.10 or newer, .* 2\.9\.1.*torch>=2\.10'"):
         export_file(graph, {}, tmp_path / "a.pt2", kind="aoti", fixed_size=(64, 64))
     graph.head.cls_score = DeformConv2d(1, 1, 3)
     with pytest.raises(ExportError, match=r"--opset is 18; type --opset 19\. To run .* 1\.25"):

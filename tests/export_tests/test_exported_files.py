@@ -36,8 +36,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ROOT / "tests" / "data" / "bccd_mini" / "JPEGImages"
 RECIPE = "fcos_R_18_FPN_bccd"
-# What is not in the model that the command exports below: BFP, and candidates as outputs.
-GRAPHS = [("sapd_R_18_FPN_bccd", False)]
+# What is not in the model that the command exports below: BFP, candidates as outputs, and maps of
+# neighbouring levels that fit each other or not, as the image has it.
+GRAPHS = [("sapd_R_18_FPN_bccd", False), ("tscode_fcos_R_18_FPN_bccd", False)]
 BLOCKER = """
 import sys
 
