@@ -47,6 +47,7 @@ from document_commands import (
 )
 
 from d2_decouple.evaluation.files import put_between, write_json, write_text
+from d2_decouple.evaluation.runs import commit_of
 
 __all__ = ["Job", "Row", "execute", "jobs_of", "main", "page_part", "read_commands", "summary"]
 
@@ -184,7 +185,8 @@ def run_all(jobs: Sequence[Job], folder: Path, data: Path, pattern: str | None) 
 
     kept = json.loads((folder / _KEPT).read_text()) if (folder / _KEPT).is_file() else {}
     write_json(folder / _KEPT, kept, indent=1)
-    reader, document, commit = ReaderFolder(folder, data), "", commit_here()
+    reader, document = ReaderFolder(folder, data), ""
+    commit = (commit_of(ROOT, ["."])["id"] or "unknown")[:7]
     rows = []
     for number, job in enumerate(jobs, start=1):
         name = f"{job.documents[0]}: {job.decision.command}"
@@ -209,14 +211,6 @@ def run_all(jobs: Sequence[Job], folder: Path, data: Path, pattern: str | None) 
             kept[name] = {"status": status, "seconds": row.seconds, "commit": commit}
             write_json(folder / _KEPT, kept, indent=1)
     return rows
-
-
-def commit_here() -> str:
-    """What is checked out, in seven letters."""
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()[:7] or "unknown"
 
 
 def execute(
