@@ -26,7 +26,7 @@ from .config import ConfigError
 from .data import DataError, register_bccd, register_folder, require_dataset
 from .data.foreign import read_json
 from .data.images import ImageError, read_rgb
-from .engine import EXPECTED_ERRORS
+from .engine import run_command
 from .engine.predictor import Predictor
 from .evaluation import EvaluationError, GroundTruth, read_ground_truth
 from .evaluation.files import write_text
@@ -57,12 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 1 if it could not be done.
     """
     args = _parser().parse_args(arguments)
-    try:
-        _analyze(args)
-    except (*EXPECTED_ERRORS, ImageError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _analyze(args), ImageError, ValueError, OSError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ found by its bare name from a checkout, an editable install and a wheel alike.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "get_config",
     "instantiate_parts",
     "nearest",
+    "text_override",
 ]
 
 
@@ -155,6 +157,14 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
             f"among the overrides {list(overrides)} one has a value that cannot be read ({error}); "
             "put values with brackets, quotes or spaces in quotes: key='\"value\"'"
         ) from error
+
+
+def text_override(key: str, value: str | Path) -> str:
+    """``key='value'`` for :func:`apply_overrides`; ``value`` may hold quotes and backslashes."""
+    # Hydra reads a backslash as itself, but for those in front of a quote.
+    inside = re.sub(r"(\\*)'", r"\1\1\\'", str(value))
+    end = inside[len(inside.rstrip("\\")) :]
+    return f"{key}='{inside}{end}'"
 
 
 def check_key(cfg: Any, key: str, override: str) -> None:

@@ -44,7 +44,7 @@ from .demo_files import (
     result_files,
     suffixed,
 )
-from .engine import EXPECTED_ERRORS
+from .engine import run_command
 from .engine.context import DetectionContext
 from .engine.points import DetectionPoints
 from .engine.predictor import Predictor
@@ -141,11 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if fault := check_options(args):
         parser.error(fault)
-    try:
-        return _demo(args)
-    except (*EXPECTED_ERRORS, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(lambda: _demo(args), OSError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from .config import ConfigError, find_config, nearest
 from .data import ground_truth, register_bccd, require_dataset
 from .data.images import ImageError, read_rgb
 from .demo_assignment import build_predictor
-from .engine import EXPECTED_ERRORS
+from .engine import run_command
 from .engine.predictor import Predictor
 from .evaluation import GroundTruth, read_ground_truth
 from .evaluation.files import put_between, write_text
@@ -130,12 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 1 if it could not be done.
     """
     args = _parser().parse_args(arguments)
-    try:
-        _make(args)
-    except (*EXPECTED_ERRORS, ImageError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _make(args), ImageError, ValueError, OSError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from .config import get_config
 from .data import ground_truth
-from .engine import EXPECTED_ERRORS, check_recipe, lazy_recipe, set_up, train
+from .engine import check_recipe, lazy_recipe, run_command, set_up, train
 from .engine.train import load_weights
 from .visualization import compare, plot_curves
 
@@ -40,14 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--restart", action="store_true", help="forget an earlier training instead of going on"
     )
     args = parser.parse_args(arguments)
-    try:
-        if args.restart:
-            _forget(Path(args.output))
-        _quickstart(args)
-    except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
-    return 0
+    return run_command(lambda: _quickstart(args))
 
 
 def _forget(folder: Path) -> None:
@@ -65,6 +58,8 @@ def _positive(text: str) -> int:
 
 def _quickstart(args: argparse.Namespace) -> None:
     output = Path(args.output)
+    if args.restart:
+        _forget(output)
     cfg = get_config(
         _RECIPE,
         [

@@ -29,6 +29,7 @@ from .engine import (
     check_recipe,
     evaluate,
     lazy_recipe,
+    report_error,
     set_up,
     train,
     yacs_recipe,
@@ -115,8 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=(args,),
         )
     except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
+        return report_error(error)
     except ProcessExitedException as error:  # one of several, which has said why
         return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
     return 0
@@ -153,8 +153,7 @@ def _launched(args: argparse.Namespace) -> None:
     except EXPECTED_ERRORS as error:
         if comm.get_world_size() == 1:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_status", 1))
+        sys.exit(report_error(error))
 
 
 def _in_torchrun(args: argparse.Namespace) -> int:

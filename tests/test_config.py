@@ -19,7 +19,7 @@ from util import loss_sum, random_input, tiny, without_gradient
 
 import d2_decouple
 from d2_decouple import add_decouple_config, config_names, get_config
-from d2_decouple.config import ConfigError, configs_root, find_config
+from d2_decouple.config import ConfigError, configs_root, find_config, text_override
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "fcos_R_50_FPN_1x"
@@ -109,6 +109,14 @@ def test_overrides_reach_the_model():
     assert model.losses["loss_box_reg"].weight == 2.0
     assert model.assigner.size_ranges[4] == (40, 50)
     loss_sum(model([random_input((64, 64), 2)])).backward()
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "it's", "a b,c=[1]{2}", "C:\\x\\", "\\'", "x\\\\'y'", '"', "", "0123", "null"]
+)
+def test_a_text_is_itself_as_an_override(text):
+    cfg = get_config(BASE, [text_override("train.output_dir", text)])
+    assert cfg.train.output_dir == text
 
 
 def test_recipes_do_not_share_state():

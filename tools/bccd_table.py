@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from d2_decouple.config import ConfigError, nearest
+from d2_decouple.config import ConfigError, nearest, text_override
 from d2_decouple.data import register_bccd
 from d2_decouple.evaluation import EvaluationError, GroundTruth, read_ground_truth
 from d2_decouple.evaluation.evaluator import DETECTIONS_FILE, SUMMARY_FILE
@@ -257,14 +257,14 @@ def trained_weights(run: Run, text: str, args: argparse.Namespace) -> Path | Non
 def test_command(run: Run, folder: Path, weights: Path) -> list[str]:
     """What tests a run with the weights of another one."""
     command = [sys.executable, "-m", "d2_decouple.train", "--config-file", run.recipe]
-    command += ["--eval-only", f"train.init_checkpoint='{weights}'"]
-    return [*command, *run.overrides(), f"train.output_dir='{folder}'"]
+    command += ["--eval-only", text_override("train.init_checkpoint", weights)]
+    return [*command, *run.overrides(), text_override("train.output_dir", folder)]
 
 
 def train_command(run: Run, folder: Path) -> list[str]:
     """What trains a run; it can be typed by hand as well."""
     command = [sys.executable, "-m", "d2_decouple.train", "--config-file", run.recipe, "--resume"]
-    return [*command, *run.overrides(), f"train.output_dir='{folder}'"]
+    return [*command, *run.overrides(), text_override("train.output_dir", folder)]
 
 
 def run_training(command: Sequence[str], log: Path, threads: int) -> int:

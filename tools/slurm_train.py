@@ -22,6 +22,7 @@ from d2_decouple import train
 from d2_decouple.config import ConfigError, find_config
 
 _TOOLS = str(Path(__file__).resolve().parent)
+_BELOW = f"\n{'-' * 22}\nYou can check"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,9 +102,26 @@ def submit(args: argparse.Namespace, rest: list[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     job = executor.submit(Training(rest))
     print(f"job {job.job_id}; its logs: {job.paths.stdout.parent}")
-    if args.executor == "local":
-        return max(job.task(index).result() for index in range(args.processes))
-    return 0
+    return _wait(job, args.processes) if args.executor == "local" else 0
+
+
+def _wait(job: Any, processes: int) -> int:
+    """The exit status of a job on this machine; what went wrong is said, with the log to read."""
+    status = 0
+    for index in range(processes):
+        task = job.task(index)
+        if failure := task.exception():
+            said = str(failure)  # a traceback, and below it where submitit's logs are
+            lines = (said.rpartition(_BELOW)[0] or said).split("\n")
+            what = next(line for line in reversed(lines) if line.strip())
+            status = max(status, 1)
+        elif result := task.result():
+            what = f"the training ended with status {result}"
+            status = max(status, result)
+        else:
+            continue
+        print(f"error: process {index}: {what}; its log: {task.paths.stdout}", file=sys.stderr)
+    return status
 
 
 def _submitit() -> Any:

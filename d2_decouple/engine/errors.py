@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user can mend: a command prints the message alone, without a traceback."""
 
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
 from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..data.loader import DataError
 from ..evaluation import EvaluationError
 
-__all__ = ["EXPECTED_ERRORS", "TrainingError", "TrainingStoppedError"]
+__all__ = [
+    "EXPECTED_ERRORS",
+    "TrainingError",
+    "TrainingStoppedError",
+    "report_error",
+    "run_command",
+]
 
 
 class TrainingError(RuntimeError):
@@ -34,3 +45,24 @@ EXPECTED_ERRORS = (
     FileNotFoundError,
 )
 """Errors whose message is written for the user of a command."""
+
+
+def run_command(work: Callable[[], int | None], *more: type[Exception]) -> int:
+    """Do a command's work; an expected error, or one of ``more``, is reported.
+
+    Returns:
+        The exit status: what ``work`` returns, 0 for None, or the error's.
+    """
+    expected: tuple[type[Exception], ...] = (*EXPECTED_ERRORS, *more)
+    try:
+        return work() or 0
+    except expected as error:
+        return report_error(error)
+
+
+def report_error(error: Exception) -> int:
+    """Print an error's message, with ``D2D_TRACEBACK=1`` also where it arose; the exit status."""
+    if os.environ.get("D2D_TRACEBACK", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return int(getattr(error, "exit_status", 1))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..engine import EXPECTED_ERRORS
+from ..engine import run_command
 from ..engine.inference_config import inference_config
 from ..engine.predictor import Predictor
 from .description import ExportError, describe
@@ -41,11 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 1 if nothing could be written, or the file finds other objects.
     """
     args = _parser().parse_args(arguments)
-    try:
-        return _export(args)
-    except (*EXPECTED_ERRORS, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(lambda: _export(args), OSError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -88,9 +88,9 @@ def _size_needed(graph: ExportableDetector, error: Exception) -> str:
     pyramid = graph.backbone
     network = getattr(pyramid, "bottom_up", getattr(pyramid, "net", pyramid))
     return (
-        f"{type(network).__name__} computes with the sizes of its maps, so that a file traced with "
-        f"one size of images is wrong for others ({str(error).splitlines()[0]}); type --size H W, "
-        "the size of images after resizing"
+        f"{type(network).__name__}, or the head above it, computes with the sizes of its maps, so "
+        "that a file traced with one size of images is wrong for others "
+        f"({str(error).splitlines()[0]}); type --size H W, the size of images after resizing"
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yaml import YAMLError
 
-from ..config import config_names, find_config, get_config
+from ..config import config_names, find_config, get_config, text_override
 from .catalogue import ZooError, train_command
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def train(name: str, *, seed: int = 1) -> Path:
         )
     folder = next(_folders(name, seed))
     command = ["--config-file", source, "--resume", f"train.seed={seed}"]
-    status = main([*command, f"train.output_dir='{folder}'"])
+    status = main([*command, text_override("train.output_dir", folder)])
     if status:
         raise ZooError(f"the training of {source} ended with status {status}; its log is {folder}")
     return folder / _FINAL

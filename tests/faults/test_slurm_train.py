@@ -106,6 +106,30 @@ def test_what_is_queued_again_resumes():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the job's processes in /proc")
+def test_a_job_here_that_fails_says_why_and_names_its_log(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(tiny_runs.PATHS))
+    jobs = tmp_path / "jobs"
+    words = ["--executor", "local", "--gpus-per-node", "0", "--folder", str(jobs)]
+    nowhere = tmp_path / "nothing"
+    assert slurm_train.main([*words, "--dataset", str(nowhere), "--method", "fcos"]) == 1
+    (log,) = jobs.glob("*_0_log.out")
+    message = "error: process 0: the training ended with status 1; its log: "
+    assert message + str(log) in capsys.readouterr().err
+    assert str(nowhere) in log.read_text()
+
+    def fail() -> int:
+        raise ValueError("first line\nlast line")
+
+    monkeypatch.setattr(slurm_train, "Training", lambda arguments: fail)
+    again = [*words[:-1], str(tmp_path / "others"), "--processes-per-node", "2"]
+    assert slurm_train.main([*again, *RECIPE]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: process 0: last line; its log: ")
+    assert second.startswith("error: process 1: last line; its log: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the job's processes in /proc")
 def test_a_job_that_is_warned_is_queued_again_and_goes_on(tmp_path, monkeypatch):
     """submitit's executor for one machine, two processes: as Slurm does two minutes before."""
     pytest.importorskip("submitit")
