@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-# A minute or more each, the longest first: begun last, one would keep the others waiting at the end.
+# A minute or more each, the longest first: begun last, one would keep the others waiting.
 SLOW_FILES = (
     "test_overfit.py",
     "test_two_nodes.py",
