@@ -129,15 +129,19 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
     """``cfg`` with ``key=value`` strings applied.
 
     Only keys that the config or the constructor it calls knows are accepted: a mistyped one
-    would otherwise be ignored without a word, or fail far away.
+    would otherwise be ignored without a word, or fail far away. So would a word where a number or a
+    switch stood: Python takes ``no`` and ``off``, which are no values of YAML here, for true.
 
     Raises:
-        ConfigError: a string without ``=``, or an unknown key (the nearest one is named).
+        ConfigError: a string without ``=``, an unknown key (the nearest one is named), or a word in
+            the place of a number or of true and false.
     """
     from detectron2.config import LazyConfig
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    before = []
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator:
@@ -149,14 +153,26 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
                 f"override {override!r}: a key cannot be deleted from the command line; write a "
                 "config file that imports this one and deletes it"
             )
-        check_key(cfg, key.lstrip("+"), override)
+        before.append(check_key(cfg, key.lstrip("+"), override))
     try:
-        return LazyConfig.apply_overrides(cfg, list(overrides))
+        cfg = LazyConfig.apply_overrides(cfg, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(
             f"among the overrides {list(overrides)} one has a value that cannot be read ({error}); "
             "put values with brackets, quotes or spaces in quotes: key='\"value\"'"
         ) from error
+    for override, known in zip(overrides, before, strict=True):
+        found = OmegaConf.select(cfg, override.partition("=")[0].lstrip("+"))
+        _check_kind(known, found, override)
+    return cfg
+
+
+def _check_kind(before: Any, after: Any, override: str) -> None:
+    """Raise ConfigError if a word has taken the place of a number or a switch."""
+    if not isinstance(before, bool | int | float) or not isinstance(after, str):
+        return
+    wanted = "true or false" if isinstance(before, bool) else "a number"
+    raise ConfigError(f"override {override!r}: wanted is {wanted}, such as {str(before).lower()}")
 
 
 def text_override(key: str, value: str | Path) -> str:
@@ -167,11 +183,14 @@ def text_override(key: str, value: str | Path) -> str:
     return f"{key}='{inside}{end}'"
 
 
-def check_key(cfg: Any, key: str, override: str) -> None:
+def check_key(cfg: Any, key: str, override: str) -> Any:
     """Raise ConfigError unless a Lazy or yacs config has the dotted ``key``.
 
     The last step may be a parameter that a Lazy recipe left at its default. ``override`` is what
     was typed, for the message.
+
+    Returns:
+        What stands there, or the parameter's default.
     """
     from omegaconf import ListConfig
 
@@ -190,11 +209,11 @@ def check_key(cfg: Any, key: str, override: str) -> None:
             if part not in known:
                 optional = _parameters(node)
                 if position == len(parts) - 1 and (part in optional or optional is _ANYTHING):
-                    return
+                    return optional.get(part)
                 where = f"in {walked}" if walked else "at the top of the config"
                 raise ConfigError(
                     f"override {override!r}: there is no key {part!r} {where}; "
-                    f"{nearest(part, (known | optional) - {'_target_'})}"
+                    f"{nearest(part, (known | {*optional}) - {'_target_'})}"
                 )
             node = node[part]
         else:
@@ -202,20 +221,21 @@ def check_key(cfg: Any, key: str, override: str) -> None:
                 f"override {override!r}: {walked} is {node!r} and has no keys below it"
             )
         walked = f"{walked}.{part}" if walked else part
+    return node
 
 
-_ANYTHING: frozenset[str] = frozenset({"*"})
+_ANYTHING: dict[str, Any] = {"*": None}
 
 
-def _parameters(node: Any) -> frozenset[str]:
-    """Parameter names of the callable that a lazy node will call."""
+def _parameters(node: Any) -> dict[str, Any]:
+    """Parameters of the callable that a lazy node will call, and their defaults."""
     import inspect
 
     from detectron2.utils.registry import locate
 
     target = node.get("_target_")
     if target is None:
-        return frozenset()
+        return {}
     called = locate(target) if isinstance(target, str) else target
     try:
         parameters = inspect.signature(called).parameters.values()
@@ -223,7 +243,7 @@ def _parameters(node: Any) -> frozenset[str]:
         return _ANYTHING
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return _ANYTHING
-    return frozenset(parameter.name for parameter in parameters)
+    return {parameter.name: parameter.default for parameter in parameters}
 
 
 def add_decouple_config(cfg: Any) -> None:

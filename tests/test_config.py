@@ -79,6 +79,10 @@ def test_a_yacs_file_is_not_a_lazy_config():
         ("model.backbone.out_chanels=64", ["out_chanels", "'out_channels'"]),
         ("train.output_dir=run(1", ["train.output_dir=run(1"]),
         ("~model.num_classes=3", ["~model.num_classes=3"]),
+        ("train.amp.enabled=no", ["train.amp.enabled=no", "true or false", "such as false"]),
+        ("model.selection.max_detections_per_image=all", ["=all", "a number", "such as 100"]),
+        ("model.losses.loss_box_reg.weight=off", ["weight=off", "a number, such as 1.0"]),
+        ("model.num_classes='3'", ["model.num_classes='3'", "a number, such as 80"]),
     ],
 )
 def test_a_bad_override_names_what_to_type(override, named):
@@ -94,7 +98,7 @@ def test_overrides_reach_the_model():
         "model.head.strides.0=4",
         "model.selection.max_detections_per_image=5",  # parameters that the recipe does not name
         "model.assigner.size_ranges=[[0,10],[10,20],[20,30],[30,40],[40,50]]",
-        "model.losses.loss_box_reg.weight=2.0",
+        "model.losses.loss_box_reg.weight=2",
         "train.output_dir=/somewhere/else",
         "dataloader.train.mapper.augmentations.0.max_size=900",
     ]

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import get_norm
 from detectron2.modeling.backbone.resnet import BottleneckBlock, CNNBlockBase
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
+from .norms import norm_layer
 from .precision import at_least_float32
 
 __all__ = [
@@ -60,7 +60,7 @@ class DeformConv(DeformConv2d):
             groups=groups,
             bias=False,
         )
-        self.norm = get_norm(norm, out_channels)
+        self.norm = norm_layer(norm, out_channels)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """

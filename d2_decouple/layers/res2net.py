@@ -5,17 +5,17 @@ Version v1b and v1d name one network: Res2Net's blocks, a stem of three 3x3 conv
 shortcuts that average before they project.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, get_norm
+from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import CNNBlockBase
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from .deform import RES2_CHANNELS, OffsetDeformConv
+from .norms import Norm, norm_layer
 
 __all__ = [
     "DeepStem",
@@ -26,8 +26,6 @@ __all__ = [
 ]
 
 _PLAIN_WIDTH = 64  # channels of a ResNet's 3x3 convolutions in res2, which base_width replaces
-
-Norm = str | Callable[[int], nn.Module]
 
 
 class DeepStem(CNNBlockBase):
@@ -176,7 +174,7 @@ def _conv(
         stride=stride,
         padding=kernel_size // 2,
         bias=False,
-        norm=get_norm(norm, out_channels),
+        norm=norm_layer(norm, out_channels),
     )
     weight_init.c2_msra_fill(conv)
     return conv

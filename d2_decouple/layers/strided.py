@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import get_norm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .norms import norm_layer
 from .tower import init_conv
 
 __all__ = ["HalvingConv2d", "StridedConv"]
@@ -43,7 +43,7 @@ class StridedConv(nn.Sequential):
         conv = HalvingConv2d(
             channels, channels, kernel_size, stride=2, padding=kernel_size // 2, bias=not norm
         )
-        parts = [conv, get_norm(norm, channels), nn.ReLU(inplace=True) if activation else None]
+        parts = [conv, norm_layer(norm, channels), nn.ReLU(inplace=True) if activation else None]
         super().__init__(*(part for part in parts if part is not None))
         init_conv(self)
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stack of convolutions that a head puts in front of its predictors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from detectron2.layers import get_norm
 from torch import nn
+
+from .norms import Norm, norm_layer
 
 __all__ = ["bias_free_tower", "conv_tower", "init_conv"]
 
@@ -22,7 +23,7 @@ def conv_tower(
     *,
     in_channels: int,
     conv_dims: Sequence[int],
-    norm: str | Callable[[int], nn.Module] = "GN",
+    norm: Norm = "GN",
     bias: bool = True,
 ) -> nn.Sequential:
     """3x3 convolutions, each followed by a normalisation (if any) and ReLU; the size is kept.
@@ -39,8 +40,9 @@ def conv_tower(
     parts: list[nn.Module] = []
     for channels in conv_dims:
         parts.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias))
-        if norm:
-            parts.append(get_norm(norm, channels))
+        made = norm_layer(norm, channels)
+        if made is not None:
+            parts.append(made)
         parts.append(nn.ReLU(inplace=True))
         in_channels = channels
     tower = nn.Sequential(*parts)
@@ -52,7 +54,7 @@ def bias_free_tower(
     *,
     in_channels: int,
     conv_dims: Sequence[int],
-    norm: str | Callable[[int], nn.Module] = "GN",
+    norm: Norm = "GN",
 ) -> nn.Sequential:
     """:func:`conv_tower` whose convolutions have no bias: the norm behind each brings one."""
     return conv_tower(in_channels=in_channels, conv_dims=conv_dims, norm=norm, bias=False)

@@ -2,12 +2,12 @@
 """What aligners are made of: features that are read at points, and the points in pixels."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from detectron2.layers import get_norm
 from torch import Tensor, nn
 
+from ..layers.norms import Norm, norm_layer
 from ..layers.point_conv import deformable_point_conv
 from ..layers.points import Grid, grid_cells
 from ..layers.precision import at_least_float32
@@ -15,8 +15,6 @@ from ..layers.tower import init_conv
 from .head import map_size
 
 __all__ = ["Norm", "PointAlignment", "check_channels", "float32_rows", "points_in_pixels"]
-
-Norm = str | Callable[[int], nn.Module]
 
 
 class PointAlignment(nn.Module):
@@ -39,7 +37,7 @@ class PointAlignment(nn.Module):
         # It only holds the weight, under the name and in the shape that checkpoints have.
         self.conv = nn.Conv2d(channels, channels, kernel, bias=False)
         init_conv(self.conv)
-        made = get_norm(norm, channels)
+        made = norm_layer(norm, channels)
         self.norm = nn.Identity() if made is None else made
 
     def forward(self, feature: Tensor, points: Tensor) -> Tensor:

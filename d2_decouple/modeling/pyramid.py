@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling.backbone import FPN as _FPN
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from fvcore.nn import weight_init
 from torch import Tensor, nn
+
+from ..layers.norms import norm_layer
 
 __all__ = [
     "BFP",
@@ -114,7 +116,7 @@ class LinearP6P7(LastLevelP6P7):
                     stride=2,
                     padding=1,
                     bias=False,
-                    norm=get_norm(norm, out_channels),
+                    norm=norm_layer(norm, out_channels),
                 )
                 weight_init.c2_xavier_fill(conv)
                 setattr(self, name, conv)

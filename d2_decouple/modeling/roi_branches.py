@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from torch import Tensor, nn
 
 from ..layers.boxes import BoxTransform
+from ..layers.norms import norm_layer
 
 __all__ = [
     "BoxBranch",
@@ -104,7 +105,7 @@ def _conv(in_channels: int, out_channels: int, size: int, norm: str) -> Conv2d:
         size,
         padding=size // 2,
         bias=not norm,
-        norm=get_norm(norm, out_channels),
+        norm=norm_layer(norm, out_channels),
     )
 
 

@@ -30,6 +30,7 @@ from .point_alignment import (
     points_in_pixels,
 )
 from .selection import coarse_boxes
+from .soft_weights import positive_weights
 
 __all__ = [
     "SALT",
@@ -225,7 +226,9 @@ class SelfDistillationTerm:
     ``y IoU(R2, G) (1 - GIoU(R1, R2))`` of each positive with ``IoU(R2, G) > IoU(R1, G)``, over
     ``box_normalizer``. All but R1 is without gradient. (The paper writes "GIoU" where it means the
     loss.) Of which class the score y is, the paper does not say, and it divides all losses by the
-    number of positives; the defaults do as the authors' code does with the losses it has.
+    number of positives; the defaults do as the authors' code does with the losses it has. Where an
+    assigner weighs classes (:class:`.soft_weights.SoftWeights`), a positive's part is weighed as
+    its class is: the normalisers are sums of these weights.
 
     Attributes:
         score: (N, R, K) scores of the predictions, those of the selection.
@@ -259,7 +262,7 @@ class SelfDistillationTerm:
     def _confidence(
         self, predictions: DensePredictions, targets: DenseTargets, coarse: Tensor, refined: Tensor
     ) -> Tensor:
-        """(N, R) y IoU(R2, G) of positives whose refined box is the better one, else 0."""
+        """(N, R) y IoU(R2, G) of positives whose refined box is the better one, weighed, else 0."""
         overlaps = paired_overlaps(refined, targets.boxes)
         better = overlaps > paired_overlaps(coarse, targets.boxes)
         scores = self.score(predictions)
@@ -269,4 +272,5 @@ class SelfDistillationTerm:
             best = scores.gather(-1, labels[..., None]).squeeze(-1)
         else:
             best = scores.amax(-1)
-        return torch.where(positive & better, best * overlaps, 0)
+        weights = positive_weights(targets, scores.shape[-1])
+        return torch.where(positive & better, best * overlaps * weights, 0)

@@ -82,3 +82,8 @@ def test_bias_free_tower() -> None:
     assert names(tower) == [name for name in with_bias if name not in ("0.bias", "3.bias")]
     assert "1.bias" in names(tower)
     assert tower(torch.randn(1, 8, 3, 5)).shape == (1, 64, 3, 5)
+
+
+def test_an_unknown_norm_names_some() -> None:
+    with pytest.raises(ValueError, match=r"norm is 'none'; .* GN, BN .*model\.head\.norm="):
+        conv_tower(in_channels=8, conv_dims=[32], norm="none")

@@ -130,6 +130,22 @@ def test_by_default_the_best_score_over_the_sum_of_weights() -> None:
     assert distilled() == distilled(of_gt_class=False, per_positive=False, weight=1.0)
 
 
+@pytest.mark.parametrize("width", [1, K])
+def test_a_positive_is_weighed_as_its_class_is(width: int) -> None:
+    """Soft weights make the sums that are divided by smaller, so what is divided must be, too."""
+    weights = torch.tensor([0.25, 1.0, 0.5, 1.0, 1.0]).double()[:, None].repeat(1, width)
+    if width == K:
+        weights[0] = torch.tensor([9.0, 9.0, 0.25])  # its label is 2
+        weights[2] = torch.tensor([9.0, 0.5, 9.0])  # and 1
+    predictions = made_predictions(COARSE, REFINED, SCORES)
+    targets = made_targets(GT, LABELS, total=1.5)._replace(cls_weights=weights[None])
+    total = 0.0
+    for place, weight in ((0, 0.25), (2, 0.5)):
+        overlap = iou(REFINED[place], GT[place])
+        total += weight * max(SCORES[place]) * overlap * giou_cost(COARSE[place], REFINED[place])
+    assert distilled()(predictions, targets).item() == pytest.approx(total / 1.5, rel=1e-9)
+
+
 def test_weight() -> None:
     predictions, targets = made_predictions(COARSE, REFINED, SCORES), made_targets(GT, LABELS)
     once, thrice = (distilled(weight=x)(predictions, targets) for x in (1.0, 3.0))

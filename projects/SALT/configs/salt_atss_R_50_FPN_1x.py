@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SALT on ATSS, ResNet-50-FPN, COCO 1x. Not in the paper."""
+"""SALT on ATSS, ResNet-50-FPN, COCO 1x. Not in the paper, without SDR."""
 
 from detectron2.config import LazyCall as L
 
-from d2_decouple.modeling import (
-    SALT,
-    GIoUTerm,
-    SALTOptions,
-    SelfDistillationTerm,
-    coarse_boxes,
-)
+from d2_decouple.modeling import SALT, GIoUTerm, SALTOptions, coarse_boxes
 
 from ....configs.baselines.atss_R_50_FPN_1x import (
     dataloader,

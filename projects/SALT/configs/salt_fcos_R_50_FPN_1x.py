@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SALT on FCOS, ResNet-50-FPN, COCO 1x: 40.9 AP on val2017 in the paper (Table 3)."""
+"""SALT on FCOS, ResNet-50-FPN, COCO 1x: 40.9 AP on val2017 in the paper (Table 3).
+
+Without self-distillation; the paper does not say whether it is in that table.
+"""
 
 from detectron2.config import LazyCall as L
 
-from d2_decouple.modeling import (
-    SALT,
-    GIoUTerm,
-    SALTOptions,
-    SelfDistillationTerm,
-    coarse_boxes,
-)
+from d2_decouple.modeling import SALT, GIoUTerm, SALTOptions, coarse_boxes
 
 from ....configs.baselines.fcos_R_50_FPN_1x import (
     dataloader,
