@@ -52,6 +52,13 @@ class CascadedClassROIHeads(DecoupledROIHeads):
                 f"{len(stage_matchers)} stage_matchers; wanted is a classifier for each stage from "
                 "the second on (the first one's is class_branch), and a matcher for each stage"
             )
+        seen = [stage for stage, x in enumerate(decoupled["box_branches"]) if x.sees_all]
+        if seen:
+            raise ValueError(
+                f"box_branches {seen} see all regions for their norms, such as ConvBoxBranch; in "
+                "CascadedClassROIHeads each sees the class branch's regions once more, so that "
+                "its statistics would be of both: take BoxBranch or SharedBoxBranch"
+            )
         super().__init__(box_matcher=stage_matchers[0], **decoupled)
         self.class_branches = nn.ModuleList(class_branches)
         self.stage_matchers = list(stage_matchers)
@@ -77,7 +84,7 @@ class CascadedClassROIHeads(DecoupledROIHeads):
             labels = self.match(regions, targets, stage).gt_classes
             logits, _ = branch(self.pool(maps, regions))
             weight = self.stage_loss_weights[stage]
-            losses[f"loss_cls_stage{stage}"] = weight * self.class_loss(logits, labels)
+            losses[f"loss_cls_stage{stage}"] = weight * self.class_loss(logits, labels, stage)
         return losses
 
     @torch.no_grad()
@@ -86,14 +93,15 @@ class CascadedClassROIHeads(DecoupledROIHeads):
     ) -> Regions:
         """The class branch's regions after a stage of the regressors."""
         pooled = self.pool(maps, regions)
-        logits, hidden = self._classifier(stage)(pooled)
+        logits, hidden = self.classifier(stage)(pooled)
         background = labels == self.num_classes
         classes = torch.where(background, logits[:, :-1].argmax(-1), labels)
         deltas = self.run_stage(stage, maps, regions, pooled, hidden)
         transform = self.box_branches[stage].transform
         return regions.moved(transform.apply_deltas(class_change(deltas, classes), regions.boxes))
 
-    def _classifier(self, stage: int) -> Any:
+    def classifier(self, stage: int) -> Any:
+        """That of the stage (from 0)."""
         return self.class_branches[stage - 1] if stage else self.class_branch
 
     def propose(
@@ -106,7 +114,7 @@ class CascadedClassROIHeads(DecoupledROIHeads):
         regions, boxes, scores = first, [], []
         for stage in range(len(self.box_branches)):
             pooled = self.pool(maps, regions)
-            logits, hidden = self._classifier(stage)(pooled)
+            logits, hidden = self.classifier(stage)(pooled)
             scores.append(self.score(logits))
             deltas = self.run_stage(stage, maps, regions, pooled, hidden)
             boxes.append(self.moved_boxes(stage, regions, deltas, logits[:, :-1].argmax(-1)))

@@ -36,7 +36,7 @@ from .regions import (
     pool_both,
     pool_regions,
 )
-from .roi_branches import ClassBranch, Regressor, check_num_classes, class_change
+from .roi_branches import ClassBranch, Regressor, check_num_classes, check_settings, class_change
 
 __all__ = ["DecoupledROIHeads"]
 
@@ -102,21 +102,7 @@ class DecoupledROIHeads(StandardROIHeads):
         self.box_batch_size_per_image = box_batch_size_per_image
         self.box_loss_weight = float(box_loss_weight)
         self.stage_loss_weights = tuple(float(weight) for weight in stage_loss_weights)
-        self._check()
-
-    def _check(self) -> None:
-        stages = len(self.box_branches)
-        if not stages or stages != len(self.stage_loss_weights):
-            raise ValueError(
-                f"roi_heads has {stages} box_branches and {len(self.stage_loss_weights)} "
-                "stage_loss_weights; wanted is at least one stage, and a weight for each"
-            )
-        names, levels = self.box_in_features, len(self.box_pooler.level_poolers)
-        if len(names) != levels:
-            raise ValueError(
-                f"roi_heads.box_in_features names {names}, box_pooler has {levels} scales; wanted "
-                "is one for each map: 1 / stride"
-            )
+        check_settings(self)
         check_num_classes(self.class_branch, self.box_branches, self.num_classes)
 
     @classmethod
@@ -209,10 +195,10 @@ class DecoupledROIHeads(StandardROIHeads):
             )
         return losses
 
-    def class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def class_loss(self, logits: Tensor, labels: Tensor, stage: int = 0) -> Tensor:
         """Mean softmax cross entropy of (S, K + 1) logits over the regions of all processes."""
         logits = at_least_float32(logits)
-        log_accuracy(logits, labels, self.num_classes)
+        log_accuracy(logits, labels, self.num_classes, f"_stage{stage}" if stage else "")
         total = F.cross_entropy(logits, labels, reduction="sum")
         return total / loss_normalizer(logits.new_tensor(len(labels)))
 
@@ -299,7 +285,7 @@ class DecoupledROIHeads(StandardROIHeads):
         if pooled is None or branch.roi_scale != 1:
             pooled = self.pool(maps, regions, branch.roi_scale)
         if branch.shares_head and hidden is None:
-            hidden = self.class_branch.head(pooled)
+            hidden = self.classifier(stage).head(pooled)
         deltas = at_least_float32(branch(pooled, hidden))
         if not bool(deltas.isfinite().all()):
             raise FloatingPointError(
@@ -309,6 +295,10 @@ class DecoupledROIHeads(StandardROIHeads):
                 "train.max_grad_norm=10"
             )
         return deltas
+
+    def classifier(self, stage: int) -> Any:
+        """The class branch that regions of a stage go through, and whose head may be shared."""
+        return self.class_branch
 
     def propose(
         self, features: Mapping[str, Tensor], proposals: Sequence[Instances]

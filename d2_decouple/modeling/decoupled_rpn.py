@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import configurable
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import nms
 
 from ..layers.precision import at_least_float32
+from .matching import BestOverlaps, best_overlaps
 from .selection import clip_to_image
 
 __all__ = [
@@ -85,6 +87,41 @@ class DecoupledRPN(RPN):
         return instantiate_parts(cfg, "proposal_generator", input_shape)
 
     @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As Detectron2's, without holding the overlaps of all anchors and all objects at once.
+
+        An object without an area is nobody's; there it makes every anchor a positive.
+
+        Args:
+            anchors: those of each level, R of all levels.
+            gt_instances: of each image, with ``gt_boxes``.
+
+        Returns:
+            Of each image (R,) labels, 1, 0, or -1 for what is not sampled, and (R, 4) matched
+            boxes, which mean something where the label is 1.
+        """
+        if not isinstance(self.anchor_matcher, Matcher):
+            found: tuple[list[Tensor], list[Tensor]] = super().label_and_sample_anchors(
+                anchors, gt_instances
+            )
+            return found
+        boxes = Boxes.cat(list(anchors))
+        labels, matched = [], []
+        for truth in gt_instances:
+            gt_boxes = truth.gt_boxes.tensor
+            best = best_overlaps(boxes.tensor, gt_boxes)
+            label = _labels(self.anchor_matcher, best)
+            if self.anchor_boundary_thresh >= 0:
+                inside = boxes.inside_box(truth.image_size, self.anchor_boundary_thresh)
+                label = label.masked_fill_(~inside, -1)
+            labels.append(self._subsample_labels(label))
+            none = torch.zeros_like(boxes.tensor)
+            matched.append(gt_boxes[best.matched] if len(gt_boxes) else none)
+        return labels, matched
+
+    @torch.no_grad()
     def predict_proposals(
         self,
         anchors: list[Boxes],
@@ -138,6 +175,17 @@ class DecoupledRPN(RPN):
             min_box_size=self.min_box_size,
             blamed="RPN" if self.training else None,
         )
+
+
+def _labels(matcher: Matcher, best: BestOverlaps) -> Tensor:
+    """(R,) int8, what Detectron2's matcher says of boxes with these overlaps."""
+    labels = best.overlap.new_ones(len(best.overlap), dtype=torch.int8)
+    limits = zip(matcher.labels, matcher.thresholds[:-1], matcher.thresholds[1:], strict=True)
+    for label, low, high in limits:
+        labels.masked_fill_((best.overlap >= low) & (best.overlap < high), label)
+    if matcher.allow_low_quality_matches:
+        labels.masked_fill_(best.top_overlap > 0, 1)
+    return labels
 
 
 def check_densities(nms_thresh: float, nms_thresh_reg: float, post_nms_topk_reg: int) -> None:

@@ -209,13 +209,17 @@ def _some_of(rows: Tensor, limit: int) -> Tensor:
     return rows[torch.randperm(len(rows), device=rows.device)[:limit]]
 
 
-def log_accuracy(logits: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Record the shares of regions, and of positives, whose likeliest class is right."""
+def log_accuracy(logits: Tensor, labels: Tensor, num_classes: int, ending: str = "") -> None:
+    """Record the shares of regions, and of positives, whose likeliest class is right.
+
+    They are ``roi_head/cls_accuracy`` and ``fg_cls_accuracy``, with an ``ending`` for the name.
+    """
     if not len(labels):
         return
     right, positive = logits.argmax(-1) == labels, foreground(labels, num_classes)
-    log_scalar("roi_head/cls_accuracy", right.float().mean())
-    log_scalar("roi_head/fg_cls_accuracy", (right & positive).sum() / positive.sum().clamp(min=1))
+    log_scalar(f"roi_head/cls_accuracy{ending}", right.float().mean())
+    of_positives = (right & positive).sum() / positive.sum().clamp(min=1)
+    log_scalar(f"roi_head/fg_cls_accuracy{ending}", of_positives)
 
 
 def log_scalar(name: str, value: Tensor | float) -> None:

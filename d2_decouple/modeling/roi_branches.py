@@ -6,6 +6,7 @@ with two fully connected layers each (Fig. 2, "Unshared-FC"), one that reads the
 layers (Table II, "shared-FC"), and the convolutional one of Double-Head (Table XI).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -276,6 +277,32 @@ def class_change(deltas: Tensor, classes: Tensor) -> Tensor:
         return deltas
     changes = deltas.unflatten(1, (-1, 4))
     return changes[torch.arange(len(changes), device=changes.device), classes]
+
+
+def check_settings(heads: Any) -> None:
+    """Raise ValueError unless the numbers of :class:`.decoupled_rcnn.DecoupledROIHeads` fit."""
+    stages, weights = len(heads.box_branches), heads.stage_loss_weights
+    if not stages or stages != len(weights):
+        raise ValueError(
+            f"roi_heads has {stages} box_branches and {len(weights)} stage_loss_weights; wanted is "
+            "at least one stage, and a weight for each"
+        )
+    names, levels = heads.box_in_features, len(heads.box_pooler.level_poolers)
+    if len(names) != levels:
+        raise ValueError(
+            f"roi_heads.box_in_features names {names}, box_pooler has {levels} scales; wanted is "
+            "one for each map: 1 / stride"
+        )
+    if heads.box_batch_size_per_image < 1:
+        raise ValueError(
+            f"roi_heads.box_batch_size_per_image is {heads.box_batch_size_per_image}; wanted is "
+            "how many regions the box branches learn from, such as 512"
+        )
+    if not all(0 <= weight < math.inf for weight in (heads.box_loss_weight, *weights)):
+        raise ValueError(
+            f"roi_heads.box_loss_weight is {heads.box_loss_weight} and stage_loss_weights "
+            f"{weights}; wanted are numbers from 0, such as 0.5"
+        )
 
 
 def check_num_classes(classifier: Any, regressors: Iterable[Any], num_classes: int) -> None:

@@ -3,12 +3,27 @@
 
 import pytest
 import torch
+from decoupled_rcnn_parts import (
+    LEVELS,
+    K,
+    box_branches,
+    fc_head,
+    features_of,
+    pooler_of,
+    scene,
+)
 from detectron2.config import instantiate
 from detectron2.modeling.matcher import Matcher
 from detectron2.utils.events import EventStorage
 from util import loss_sum, random_input, tiny, without_gradient
 
 from d2_decouple.config import get_config
+from d2_decouple.modeling import (
+    CascadedClassROIHeads,
+    ClassBranch,
+    HardNMS,
+    RegionSelection,
+)
 from d2_decouple.modeling.regions import Regions
 
 RECIPE = "decoupled_rcnn_R_101_FPN_1x_cascaded_classes"
@@ -104,6 +119,47 @@ def test_no_region_is_left_out_early(model):
         atol=1e-3,
         rtol=0,
     )
+
+
+def heads_with(kind):
+    return CascadedClassROIHeads(
+        num_classes=K,
+        batch_size_per_image=64,
+        positive_fraction=0.25,
+        proposal_matcher=Matcher([0.5], [0, 1]),
+        box_in_features=LEVELS,
+        box_pooler=pooler_of(),
+        class_branch=ClassBranch(head=fc_head(), num_classes=K),
+        class_branches=[ClassBranch(head=fc_head(), num_classes=K) for _ in range(2)],
+        stage_matchers=[Matcher([overlap], [0, 1]) for overlap in (0.5, 0.6, 0.7)],
+        box_branches=box_branches(3, kind=kind),
+        box_batch_size_per_image=64,
+        selection=RegionSelection(test_score_thresh=0.05, nms=HardNMS(test_nms_thresh=0.5)),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_shared_regressor_reads_its_own_stages_classifier(training):
+    """In training, too, and not the first stage's: it would be tested on what it never saw."""
+    heads, (proposals, targets) = heads_with("shared").train(training), scene()
+    named = dict(zip(range(3), (heads.class_branch, *heads.class_branches), strict=True))
+    last, read = [], set()
+    for stage, classifier in named.items():
+        classifier.head.register_forward_hook(lambda *_, stage=stage: last.append(stage))
+    for stage, branch in enumerate(heads.box_branches):
+        branch.register_forward_hook(lambda *_, stage=stage: read.add((stage, last[-1])))
+    with EventStorage() as storage:
+        heads(None, features_of(), proposals, targets if training else None)
+    assert read == {(0, 0), (1, 1), (2, 2)}
+    if training:
+        logged = {name: len(storage.history(name).values()) for name in storage.latest()}
+        names = [f"roi_head/cls_accuracy{ending}" for ending in ("", "_stage1", "_stage2")]
+        assert [logged.get(name) for name in names] == [1, 1, 1]
+
+
+def test_branches_with_norms_over_all_regions_are_refused():
+    with pytest.raises(ValueError, match=r"box_branches \[0, 1, 2\] see all regions .*BoxBranch"):
+        heads_with("conv")
 
 
 def test_lists_of_another_length_are_refused():

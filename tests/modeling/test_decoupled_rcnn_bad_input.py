@@ -278,6 +278,18 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: heads_of(box_in_features=LEVELS[:2]),
         [f"box_in_features names {LEVELS[:2]}", "4 scales"],
     ),
+    "no regions": (
+        lambda: heads_of(box_batch_size_per_image=0),
+        ["box_batch_size_per_image is 0", "such as 512"],
+    ),
+    "a negative weight": (
+        lambda: heads_of(box_loss_weight=-0.5),
+        ["box_loss_weight is -0.5", "from 0"],
+    ),
+    "a stage's weight that is no number": (
+        lambda: heads_of(stage_loss_weights=[1, float("nan"), 0.25]),
+        ["stage_loss_weights (1.0, nan, 0.25)", "from 0"],
+    ),
     "masks on predicted boxes": (
         lambda: heads_of(train_on_pred_boxes=True),
         ["train_on_pred_boxes is on", "turn it off"],
