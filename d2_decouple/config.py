@@ -172,7 +172,10 @@ def _check_kind(before: Any, after: Any, override: str) -> None:
     if not isinstance(before, bool | int | float) or not isinstance(after, str):
         return
     wanted = "true or false" if isinstance(before, bool) else "a number"
-    raise ConfigError(f"override {override!r}: wanted is {wanted}, such as {str(before).lower()}")
+    raise ConfigError(
+        f"override {override!r} gives the text {after!r}; wanted is {wanted}, such as "
+        f"{str(before).lower()}"
+    )
 
 
 def text_override(key: str, value: str | Path) -> str:

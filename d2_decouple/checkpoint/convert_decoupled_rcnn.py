@@ -36,7 +36,7 @@ _RECIPES = {
     "R-50, 3 stages": "decoupled_rcnn_R_50_FPN_2x",
     "R-101, 3 stages": "decoupled_rcnn_R_101_FPN_2x",
     "X-101-32x4d, 3 stages": "decoupled_rcnn_X_101_32x4d_FPN_2x",
-    "X-101-64x4d, 3 stages": "decoupled_rcnn_X_101_64x4d_FPN_2x",
+    "X-101-64x4d, 3 stages": "decoupled_rcnn_X_101_64x4d_FPN_2x_ms",  # no other was published
     "R-50, 1 stage": "decoupled_rcnn_R_50_FPN_1x_single",
     "R-101, 1 stage": "decoupled_rcnn_R_101_FPN_1x_single",
     "X-101-32x4d, 1 stage": "decoupled_rcnn_X_101_32x4d_FPN_1x_single",
@@ -44,6 +44,8 @@ _RECIPES = {
     "R-50, 1 stage, double head": "decoupled_rcnn_R_50_FPN_1x_double",
     "R-50, 3 stages, double head": "decoupled_rcnn_R_50_FPN_1x_double_cascade",
 }
+# The same network, trained at several sizes and tested with soft suppression.
+_ALSO_PUBLISHED = {"X-101-32x4d, 3 stages": "decoupled_rcnn_X_101_32x4d_FPN_2x_ms"}
 _NUM_ANCHORS = 3
 _CONV_BLOCKS = 4  # behind the first block of the double head
 # The two layers of the class branch, by the kind of head.
@@ -230,4 +232,7 @@ def _advice(parts: Sequence[str], widths: Mapping[str, int]) -> str:
     widths_fit = widths["C"] == CHANNELS and {widths["F"], widths.get("W", _HIDDEN)} == {_HIDDEN}
     if network not in _RECIPES or not widths_fit:
         return f"no recipe here is of {network}: write one on {_RECIPES['R-50, 3 stages']}"
-    return advice(_RECIPES[network], "model.roi_heads.num_classes", widths["K"])
+    found = advice(_RECIPES[network], "model.roi_heads.num_classes", widths["K"])
+    if second := _ALSO_PUBLISHED.get(network):
+        found += f"; if its name has 'mstrain', with --config-file {second}"
+    return found

@@ -16,7 +16,8 @@ from util import environment
 
 from d2_decouple.checkpoint import Checkpointer, CheckpointError
 from d2_decouple.config import find_config, get_config
-from d2_decouple.engine import TrainingStoppedError
+from d2_decouple.engine import TrainingStoppedError, yacs_recipe
+from d2_decouple.engine.inference_config import yacs_config
 from d2_decouple.train import _launched, main, parse_arguments
 
 MINI = [
@@ -27,6 +28,7 @@ MINI = [
     "train.log_period=1",
 ]
 YACS = ["--config-file", "fcos_R_18_FPN_bccd.yaml"]
+YACS_TWO_STAGES = ["--config-file", "decoupled_rcnn_R_18_FPN_bccd.yaml"]
 MINI_YACS = [
     *("DATASETS.TRAIN", "('bccd_mini_train',)", "DATASETS.TEST", "('bccd_mini_val',)"),
     *("DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_PERIOD", "0"),
@@ -137,7 +139,10 @@ def detectron2_tools():
             ["--num-machines 2", "torchrun --nnodes 2"],
         ),
         ([*YACS, *MINI_YACS, "SOLVER.MAX_ITER"], ["KEY VALUE"]),
-        (["--config-file", "fcos_R_18_FPN_bccd", *MINI, "train.max_iter=abc"], ["'abc'", "1000"]),
+        (
+            ["--config-file", "fcos_R_18_FPN_bccd", *MINI, "train.max_iter=abc"],
+            ["'abc'", "such as 800"],
+        ),
         (
             ["--resume", "--eval-only", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
             ["no last_checkpoint", "train.init_checkpoint=FILE"],
@@ -155,6 +160,25 @@ def detectron2_tools():
         (
             [*YACS, *MINI_YACS, "MODEL.DECOUPLE.OVERRIDES", "['optimizer.lr=3']"],
             ["'optimizer.lr=3'", "train.accumulate"],
+        ),
+        (
+            [*YACS, *MINI_YACS, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.3"],
+            ["MODEL.RETINANET.SCORE_THRESH_TEST is 0.3", "MODEL.DECOUPLE.SCORE_THRESH_TEST 0.3"],
+        ),
+        (
+            [*YACS_TWO_STAGES, *MINI_YACS, "MODEL.ROI_HEADS.NMS_THRESH_TEST", "0.7"],
+            ["MODEL.ROI_HEADS.NMS_THRESH_TEST is 0.7", "MODEL.DECOUPLE.NMS_THRESH_TEST 0.7"],
+        ),
+        (
+            [*YACS_TWO_STAGES, *MINI_YACS, "TEST.DETECTIONS_PER_IMAGE", "300"],
+            [
+                "TEST.DETECTIONS_PER_IMAGE is 300",
+                "OVERRIDES \"['model.roi_heads.selection.max_detections_per_image=300']\"",
+            ],
+        ),
+        (
+            [*YACS, *MINI_YACS, "TEST.DETECTIONS_PER_IMAGE", "300"],
+            ["['model.selection.max_detections_per_image=300']"],
         ),
         (
             [*YACS, *MINI_YACS, "SOLVER.MAX_ITR", "3"],
@@ -175,6 +199,17 @@ def test_bad_input_names_what_to_type(arguments, named, tmp_path, capsys, monkey
     for word in named:
         assert word in message
     assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_what_the_door_sets_may_stand_under_both_keys():
+    """Detectron2's own key is not refused where the door's says what counts."""
+    limit = "model.selection.max_detections_per_image=300"
+    values = ["TEST.DETECTIONS_PER_IMAGE", "300", "MODEL.DECOUPLE.OVERRIDES", f"['{limit}']"]
+    values += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.3"]
+    values += ["MODEL.DECOUPLE.SCORE_THRESH_TEST", "0.3"]
+    model = yacs_recipe(yacs_config(find_config(YACS[1]), values)).model()
+    assert model.selection.max_detections_per_image == 300
+    assert model.selection.candidates.test_score_thresh == 0.3
 
 
 def test_output_folder_that_cannot_be_written(tmp_path, capsys):
