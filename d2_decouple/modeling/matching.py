@@ -202,13 +202,15 @@ def objects_at_once(count: int) -> int:
 
 def _overlaps(gt_boxes: Tensor, boxes: Tensor, side_offset: float) -> Tensor:
     """(M, R) IoU; -1 with an inverted box."""
-    low = [torch.maximum(gt_boxes[:, i, None], boxes[None, :, i]) for i in (0, 1)]
-    high = [torch.minimum(gt_boxes[:, i, None], boxes[None, :, i]) for i in (2, 3)]
-    width, height = (
-        (end - start + side_offset).clamp_(min=0) for start, end in zip(low, high, strict=True)
-    )
-    common = width.mul_(height)
+    sides = boxes.t().contiguous()  # read row by row, and results in place: memory is what it costs
+
+    def overlap(axis: int) -> Tensor:
+        end = torch.minimum(gt_boxes[:, axis + 2, None], sides[axis + 2])
+        length = end.sub_(torch.maximum(gt_boxes[:, axis, None], sides[axis]))
+        return (length.add_(side_offset) if side_offset else length).clamp_(min=0)
+
+    common = overlap(0).mul_(overlap(1))
     areas = [(x[..., 2:] - x[..., :2] + side_offset).prod(-1) for x in (gt_boxes, boxes)]
-    union = areas[0][:, None] + areas[1] - common
+    union = (areas[0][:, None] + areas[1]).sub_(common).clamp_(min=_MIN_AREA)
     inverted = (boxes[:, 2:] < boxes[:, :2]).any(-1)
-    return (common / union.clamp_(min=_MIN_AREA)).masked_fill_(inverted, -1)
+    return common.div_(union).masked_fill_(inverted, -1)
