@@ -71,9 +71,9 @@ class SAPDOptions:
         shrink: sides of the region of positives, in shares of the box's; the paper's epsilon.
         positive_rule: "center", a cell is positive if its point lies in that region; "cell", if its
             square touches the region (FSAF). A region without any takes the cell at its middle.
-        ignore_scale: None, or sides of a larger region, in shares of the box's, in which what is
-            not positive costs nothing for the object's class, on its levels and those next to them
-            (FSAF: 0.5).
+        ignore_scale: None, or sides of a larger region, in shares of the box's, of which what lies
+            outside the region of positives costs nothing for the object's class, on its levels and
+            those next to them (FSAF: 0.5). What holds inside is said by ``unselected``.
         unselected: what the region is on levels where the object is not learned: "negative", as the
             paper has it; "ignore_class", no loss of the object's class; "ignore_all", no loss.
         detach_level_weights: the weights of levels pass no gradient to the network. If they do, the
@@ -238,7 +238,7 @@ class SAPDAssigner(nn.Module):
         goes on where a resumed training does. Without a storage, outside of a trainer, it is the
         first one. With a length of 90,000 and ``soft_start`` 0.5, 45,000 is the first soft one.
         """
-        if not self.options.use_soft_levels:
+        if not self.options.use_soft_levels or self.options.soft_start >= 1:
             return False
         try:
             iteration = get_event_storage().iter

@@ -127,6 +127,10 @@ def test_what_is_copied_again_and_again_is_counted(tmp_path, monkeypatch, conten
         read_arrays(str(file))
 
 
+# torch 2.4 itself refuses the last three: sets, complex numbers and bytes.
+LIMIT = 3 if torch.__version__.startswith("2.4.") else None
+
+
 @pytest.mark.parametrize("new", [True, False], ids=["new", "old"])
 def test_all_that_torch_reads_of_a_training_passes_the_rehearsal(tmp_path, new):
     state = collections.OrderedDict(weight=torch.arange(6.0).reshape(3, 2))
@@ -134,7 +138,9 @@ def test_all_that_torch_reads_of_a_training_passes_the_rehearsal(tmp_path, new):
     content = {
         "model": state,
         "parameter": nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
-        "things": [torch.Size([1, 2]), torch.device("cpu"), torch.float16, {1, 2}, 2j, b"\xe9"],
+        "things": [torch.Size([1, 2]), torch.device("cpu"), torch.float16, {1, 2}, 2j, b"\xe9"][
+            :LIMIT
+        ],
         "counts": collections.Counter("aab"),
         "optimizer": {0: {"momentum_buffer": torch.zeros(3)}, "lambdas": [None, 0.5, 2**70]},
     }

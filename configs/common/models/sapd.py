@@ -6,7 +6,8 @@ on (:class:`SAPDOptions`); ``model.losses.loss_select.weight`` is its lambda, an
 ``model.head.predictor.unit`` its z. "Five convolutions" of a subnet are read as four and the
 predictor, as in FSAF; ``model.head.cls_conv_dims=[256,256,256,256,256]``, and the same for
 ``box_conv_dims``, makes it five. Another loss of boxes is set in a file, as
-``model.assigner.box_loss = generalized_iou_loss``: the term follows.
+``model.assigner.box_loss = generalized_iou_loss``: the term follows. Another alpha or gamma of the
+focal loss is typed twice: ``model.losses.loss_cls.gamma=1.5 model.assigner.gamma=1.5``.
 """
 
 from detectron2.config import LazyCall as L
