@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+from detectron2.utils import comm
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import EXPECTED_ERRORS, TrainingError, TrainingStoppedError
@@ -44,9 +46,12 @@ def meeting(backend: str) -> Iterator[None]:
     """
     store, rank, processes = next(iter(rendezvous("env://", timeout=PATIENCE)))
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
+    together = False
     try:
         yield
-    except TrainingStoppedError:  # all of them, together
+        together = True
+    except TrainingStoppedError:
+        together = True
         raise
     except EXPECTED_ERRORS as error:
         _leave_word(store, rank, str(error))
@@ -64,7 +69,23 @@ def meeting(backend: str) -> Iterator[None]:
         _leave_word(store, rank, f"{type(error).__name__}: {error}")
         raise
     finally:
-        dist.destroy_process_group()
+        _leave_groups(together)
+
+
+def _leave_groups(together: bool) -> None:
+    """End all process groups; where all processes do, also the threads that work for them.
+
+    Detectron2 keeps groups that it has used. One that is still referred to keeps its threads, and a
+    thread that lets go of a tensor while the interpreter ends aborts the process, which has done
+    all its work by then. Where one process ends alone, a thread may wait for the others, and they
+    for this process: so it is not waited for.
+    """
+    if together:
+        comm._get_global_gloo_group.cache_clear()
+        comm._LOCAL_PROCESS_GROUP = None
+    dist.destroy_process_group()
+    if together:
+        gc.collect()  # a distributed model refers to itself
 
 
 def _is_lost(error: RuntimeError) -> bool:
