@@ -50,7 +50,10 @@ def test_two_nodes_learn_what_one_process_learns(method, tmp_path):
     faults.two_nodes(tiny, tmp_path / "two")
     assert (tmp_path / "two" / "evaluation.json").is_file()
     for node in (0, 1):
-        assert "Traceback" not in (tmp_path / f"node_{node}.txt").read_text()
+        lines = (tmp_path / f"node_{node}.txt").read_text().splitlines()
+        # torchrun's own agent reports that the first one was gone before it, all being done.
+        ours = [line for line in lines if "torch/distributed/elastic/agent" not in line]
+        assert not any("Traceback" in line for line in ours)
     assert "World size: 2" in (tmp_path / "node_0.txt").read_text()
     two = faults.losses(tmp_path / "two")
     assert sorted(two) == [0, 1]
