@@ -168,8 +168,12 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
 
 
 def _check_kind(before: Any, after: Any, override: str) -> None:
-    """Raise ConfigError if a word has taken the place of a number or a switch."""
-    if not isinstance(before, bool | int | float) or not isinstance(after, str):
+    """Raise ConfigError if a word has taken the place of a switch, or of a number of the model.
+
+    Other numbers are checked where they are used, with what each of them may be.
+    """
+    kinds = bool | int | float if override.lstrip("+").startswith("model.") else bool
+    if not isinstance(before, kinds) or not isinstance(after, str):
         return
     wanted = "true or false" if isinstance(before, bool) else "a number"
     raise ConfigError(

@@ -97,7 +97,8 @@ def test_the_costs_of_every_model_were_counted():
     ("name", "tolerance"),
     [
         ("tscode_fcos_R_18_FPN_bccd", 0.0),
-        ("sapd_R_18_FPN_bccd", 0.0 if TORCH >= (2, 6) else 0.01),  # did not count attention
+        # Others do not count attention, or count it otherwise.
+        ("sapd_R_18_FPN_bccd", 0.0 if (2, 6) <= TORCH < (2, 15) else 0.01),
         ("faster_rcnn_R_18_FPN_bccd_d2", 0.02),  # as many regions as noise gave
     ],
 )

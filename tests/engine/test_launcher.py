@@ -141,7 +141,7 @@ def detectron2_tools():
         ([*YACS, *MINI_YACS, "SOLVER.MAX_ITER"], ["KEY VALUE"]),
         (
             ["--config-file", "fcos_R_18_FPN_bccd", *MINI, "train.max_iter=abc"],
-            ["'abc'", "such as 800"],
+            ["'abc'", "1000"],
         ),
         (
             ["--resume", "--eval-only", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
