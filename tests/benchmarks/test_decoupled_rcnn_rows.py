@@ -9,11 +9,11 @@ import pytest
 import torch
 from detectron2.structures import Instances
 from torch import Tensor
+from util import tiny
 
 from d2_decouple.benchmarks import decoupled_rcnn as rows
 from d2_decouple.benchmarks.detectors import CLASSES, SizedRow, training_inputs
 from d2_decouple.config import get_config
-from tests.util import tiny
 
 SIZE = (128, 160)
 
