@@ -129,12 +129,12 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
     """``cfg`` with ``key=value`` strings applied.
 
     Only keys that the config or the constructor it calls knows are accepted: a mistyped one
-    would otherwise be ignored without a word, or fail far away. So would a word where a number or a
-    switch stood: Python takes ``no`` and ``off``, which are no values of YAML here, for true.
+    would otherwise be ignored without a word, or fail far away. So would a word where a switch or a
+    number of the model stood: Python takes ``no`` and ``off``, which are texts here, for true.
 
     Raises:
         ConfigError: a string without ``=``, an unknown key (the nearest one is named), or a word in
-            the place of a number or of true and false.
+            the place of true and false, or of a number of the model.
     """
     from detectron2.config import LazyConfig
     from hydra.errors import HydraException

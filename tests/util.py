@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models and inputs for the tests, made from the real recipes."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
@@ -31,6 +35,25 @@ def environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def growth_in_child(script: str) -> dict[str, float]:
+    """MiB of memory by number of boxes, which a script prints as JSON in a process of its own.
+
+    Its arguments are the folders from which the tests import.
+    """
+    pytest.importorskip("resource")
+    folders = [path for path in sys.path if "tests" in path]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *folders],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    growth: dict[str, float] = json.loads(done.stdout)
+    return growth
 
 
 def tiny_resnet(*, norm: str = "FrozenBN", freeze_at: int = 2) -> ResNet:

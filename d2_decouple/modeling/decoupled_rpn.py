@@ -117,8 +117,8 @@ class DecoupledRPN(RPN):
                 inside = boxes.inside_box(truth.image_size, self.anchor_boundary_thresh)
                 label = label.masked_fill_(~inside, -1)
             labels.append(self._subsample_labels(label))
-            none = torch.zeros_like(boxes.tensor)
-            matched.append(gt_boxes[best.matched] if len(gt_boxes) else none)
+            some = len(gt_boxes) > 0
+            matched.append(gt_boxes[best.matched] if some else torch.zeros_like(boxes.tensor))
         return labels, matched
 
     @torch.no_grad()

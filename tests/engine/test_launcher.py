@@ -139,10 +139,7 @@ def detectron2_tools():
             ["--num-machines 2", "torchrun --nnodes 2"],
         ),
         ([*YACS, *MINI_YACS, "SOLVER.MAX_ITER"], ["KEY VALUE"]),
-        (
-            ["--config-file", "fcos_R_18_FPN_bccd", *MINI, "train.max_iter=abc"],
-            ["'abc'", "1000"],
-        ),
+        (["--config-file", "fcos_R_18_FPN_bccd", *MINI, "train.max_iter=abc"], ["'abc'", "1000"]),
         (
             ["--resume", "--eval-only", "--config-file", "fcos_R_18_FPN_bccd", *MINI],
             ["no last_checkpoint", "train.init_checkpoint=FILE"],

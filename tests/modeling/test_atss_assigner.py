@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """ATSS's assignment: by hand, its parts, and what it may not cost."""
 
-import json
-import subprocess
-import sys
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,7 +10,7 @@ from atss_loops import STRIDES, K, assign, predictions_of, pyramid_sizes, random
 from detectron2.structures import Boxes, Instances
 from test_fcos_assigner_cost import MEMORY_SCRIPT, Recorder
 from torch._subclasses.fake_tensor import FakeTensorMode
-from util import TORCH, environment, make_instances
+from util import TORCH, growth_in_child, make_instances
 
 from d2_decouple.modeling import ATSSAssigner
 from d2_decouple.modeling.atss import adaptive_thresholds, best_claim
@@ -234,17 +231,8 @@ def test_sends_nothing_to_the_device_while_waiting_for_it() -> None:
 
 def test_memory_of_many_boxes() -> None:
     """1,000 boxes on 800 x 1344: boxes times cells would be 341 MiB for four float32 numbers."""
-    pytest.importorskip("resource")
     script = MEMORY_SCRIPT.replace("FCOSAssigner", "ATSSAssigner")
     assert script != MEMORY_SCRIPT
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = growth_in_child(script)
     assert list(growth) == ["1", "10", "100", "1000"]
     assert max(growth.values()) < 128, growth

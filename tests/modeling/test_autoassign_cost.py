@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What AutoAssign's assignment may not cost: waiting for the device, loops over boxes, memory."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -12,7 +8,7 @@ from test_autoassign import TERMS, K, predict
 from test_fcos_assigner import instances
 from test_fcos_assigner_cost import Recorder
 from torch._subclasses.fake_tensor import FakeTensorMode
-from util import environment
+from util import growth_in_child
 
 from d2_decouple.modeling import matching
 from d2_decouple.modeling.autoassign import AutoAssignAssigner
@@ -124,16 +120,6 @@ print(json.dumps(growth))
 
 def test_memory_of_many_boxes():
     """1,000 boxes on 800x1344, the losses and their gradients included."""
-    pytest.importorskip("resource")
-    here = [path for path in sys.path if "tests" in path]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEMORY_SCRIPT, *here],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = growth_in_child(MEMORY_SCRIPT)
     assert list(growth) == ["1", "1000"]
     assert growth["1000"] < 768, growth  # MiB

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which anchors Decoupled R-CNN's RPN learns from: as Detectron2 says, in bounded memory."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +9,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from test_decoupled_rpn import SIZES, detectron2s, rpn_of
 from torch import Tensor
-from util import environment
+from util import growth_in_child
 
 from d2_decouple.modeling import DecoupledRPN
 
@@ -106,6 +102,7 @@ def test_a_matcher_of_ones_own_is_asked() -> None:
 
 MEMORY_SCRIPT = """
 import json, resource, sys
+sys.path[:0] = sys.argv[1:]
 import torch
 from detectron2.structures import Boxes, Instances
 from test_decoupled_rpn import rpn_of
@@ -129,18 +126,7 @@ print(json.dumps(growth))
 
 def test_memory_of_many_boxes() -> None:
     """1,000 boxes and 268,569 anchors: their overlaps alone would be a gibibyte."""
-    pytest.importorskip("resource")
-    here = Path(__file__).resolve().parent
-    script = f"import sys\nsys.path[:0] = {[str(here), str(here.parent)]}\n{MEMORY_SCRIPT}"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout.splitlines()[-1])
+    growth = growth_in_child(MEMORY_SCRIPT)
     assert list(growth) == ["1", "100", "1000"]
     assert growth["1000"] < 256, growth  # MiB
     assert growth["1000"] < growth["100"] + 64, growth

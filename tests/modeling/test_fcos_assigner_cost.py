@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What FCOS's assignment may not cost: waiting for the device, loops, memory."""
 
-import json
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -23,6 +20,7 @@ from test_fcos_assigner import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from util import growth_in_child
 
 from d2_decouple.modeling import FCOSAssigner
 
@@ -157,14 +155,6 @@ print(json.dumps(growth))
 
 def test_memory_of_many_boxes() -> None:
     """1,000 boxes on 800x1344: boxes times cells would be 341 MiB for four float32 distances."""
-    pytest.importorskip("resource")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEMORY_SCRIPT],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = growth_in_child(MEMORY_SCRIPT)
     assert list(growth) == ["1", "10", "100", "1000"]
     assert max(growth.values()) < 64, growth

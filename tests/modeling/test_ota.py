@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """OTA as a host: by hand, what it may not cost, and on batches of every kind."""
 
-import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from test_ddod import BATCHES, features, instances
 from test_fcos_assigner_cost import Recorder
-from util import environment, excite, loss_sum, random_input, tiny_model, without_gradient
+from util import excite, growth_in_child, loss_sum, random_input, tiny_model, without_gradient
 
 from d2_decouple.config import get_config
 from d2_decouple.layers.points import make_grid, squares
@@ -274,16 +271,6 @@ print(json.dumps(growth))
 
 def test_memory_of_many_boxes():
     """1,000 boxes on 800x1333; the whole plan in float32 would be 86 MiB in each of its copies."""
-    pytest.importorskip("resource")
-    here = [path for path in sys.path if "tests" in path]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEMORY_SCRIPT, *here],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = growth_in_child(MEMORY_SCRIPT)
     assert list(growth) == ["1", "1000"]
     assert growth["1000"] < 256, growth  # MiB

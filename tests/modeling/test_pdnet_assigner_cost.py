@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What PDNet's assignment may not cost: waiting for the device, loops over boxes, memory."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from pdnet_scenes import K, assign, instances, level_sizes, predictions_of
 from test_fcos_assigner_cost import Recorder
 from torch._subclasses.fake_tensor import FakeTensorMode
-from util import environment
+from util import growth_in_child
 
 from d2_decouple.modeling import PDNetAssigner, coarse_targets
 
@@ -105,16 +101,6 @@ print(json.dumps(growth))
 
 def test_memory_of_many_boxes() -> None:
     """1,000 boxes on 800x1344: the overlaps alone would be 85 MiB, and steps to them as much."""
-    pytest.importorskip("resource")
-    here = [path for path in sys.path if path.endswith("tests")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEMORY_SCRIPT, *here],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = growth_in_child(MEMORY_SCRIPT)
     assert list(growth) == ["1", "1000"]
     assert max(growth.values()) < 128, growth  # MiB

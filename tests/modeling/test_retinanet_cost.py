@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What RetinaNet's assignment may not cost: waiting for the device, loops over boxes, memory."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from test_fcos_assigner import instances
 from test_fcos_assigner_cost import Recorder
 from torch._subclasses.fake_tensor import FakeTensorMode
-from util import environment
+from util import growth_in_child
 
 from d2_decouple.layers.points import make_grid
 from d2_decouple.modeling import matching
@@ -125,16 +121,7 @@ print(json.dumps(growth))
 
 def test_memory_of_many_boxes():
     """1,000 boxes and 201,600 anchors: their overlaps alone would be 769 MiB."""
-    pytest.importorskip("resource")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEMORY_SCRIPT],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = growth_in_child(MEMORY_SCRIPT)
     assert list(growth) == ["1", "100", "1000"]
     assert growth["1000"] < 256, growth  # MiB
     assert growth["1000"] < growth["100"] + 64, growth

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What SAPD's assignment may not cost: memory, loops over boxes, waiting for the device."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from test_fcos_assigner import instances, pyramid_sizes, random_boxes
@@ -12,7 +8,7 @@ from test_fcos_assigner_cost import Recorder
 from test_sapd import STRIDES, make_assigner, predict
 from test_sapd_loops import make_assigner as make_exact
 from test_sapd_loops import scene
-from util import environment
+from util import growth_in_child
 
 from d2_decouple.modeling import region_cells
 from d2_decouple.modeling.matching import read_levels
@@ -110,16 +106,6 @@ def test_memory_of_many_boxes():
 
     The levels have few channels, for the time it takes; regions of 256 channels are 250 MB.
     """
-    pytest.importorskip("resource")
-    here = [path for path in sys.path if "tests" in path]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEMORY_SCRIPT, *here],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    growth = json.loads(done.stdout)
+    growth = growth_in_child(MEMORY_SCRIPT)
     assert list(growth) == ["1", "1000"]
     assert growth["1000"] < 256, growth  # MiB
