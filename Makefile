@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Processes that share the suite; the tests of one file stay together.
 JOBS ?= auto
-TEST = $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile tests
+TEST = $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --durations 20 tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-head detectron2-given lint docs ext benchmark wheel clean

@@ -2,9 +2,16 @@
 """What every test gets. This file's folder is importable, too: see ``util.py``."""
 
 import logging
+import os
 
-import pytest
-import torch
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:
+    # Processes with more threads than cores between them wait for one another: ten times as long.
+    # Read when torch is imported, here and in what a test starts.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # A minute or more each, the longest first: begun last, one would keep the others waiting.
 SLOW_FILES = (
