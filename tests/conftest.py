@@ -5,10 +5,11 @@ import logging
 import os
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 if WORKERS > 1:
     # Processes with more threads than cores between them wait for one another: ten times as long.
     # Read when torch is imported, here and in what a test starts.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
