@@ -138,7 +138,6 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
     """
     from detectron2.config import LazyConfig
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     before = []
@@ -162,18 +161,27 @@ def apply_overrides(cfg: Any, overrides: Sequence[str]) -> Any:
             "put values with brackets, quotes or spaces in quotes: key='\"value\"'"
         ) from error
     for override, known in zip(overrides, before, strict=True):
-        found = OmegaConf.select(cfg, override.partition("=")[0].lstrip("+"))
-        _check_kind(known, found, override)
+        if isinstance(known, bool | int | float):
+            _check_kind(known, cfg, override)
     return cfg
 
 
-def _check_kind(before: Any, after: Any, override: str) -> None:
+def _check_kind(before: bool | int | float, cfg: Any, override: str) -> None:
     """Raise ConfigError if a word has taken the place of a switch, or of a number of the model.
 
     Other numbers are checked where they are used, with what each of them may be.
     """
-    kinds = bool | int | float if override.lstrip("+").startswith("model.") else bool
-    if not isinstance(before, kinds) or not isinstance(after, str):
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
+
+    key = override.partition("=")[0].lstrip("+")
+    if not isinstance(before, bool) and not key.startswith("model."):
+        return
+    try:
+        after = OmegaConf.select(cfg, key)
+    except InterpolationResolutionError:  # what it refers to may still come
+        return
+    if not isinstance(after, str):
         return
     wanted = "true or false" if isinstance(before, bool) else "a number"
     raise ConfigError(
@@ -261,8 +269,9 @@ def add_decouple_config(cfg: Any) -> None:
 
     * ``MODEL_FILE``: name or path of a recipe whose ``model`` is built.
     * ``NUM_CLASSES``, ``SCORE_THRESH_TEST``, ``NMS_THRESH_TEST``: replace the recipe's value
-      when they are not None. Detectron2's own keys of these (``MODEL.ROI_HEADS``, ...) are not
-      looked at; of a two-stage model the backbone alone is the yacs config's.
+      when they are not None. Detectron2's own keys of these (``MODEL.ROI_HEADS``, ...) do
+      nothing to our heads, and the launcher refuses other thresholds than the model's there; of a
+      two-stage model the backbone alone is the yacs config's.
     * ``OVERRIDES``: a list of ``model.key=value`` for everything else, and of ``train.key=value``
       for ``amp.dtype``, ``accumulate``, ``max_grad_norm`` and ``ema``.
 

@@ -9,7 +9,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 if WORKERS > 1:
     # Processes with more threads than cores between them wait for one another: ten times as long.
     # Read when torch is imported, here and in what a test starts.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, str(max(1, CORES // WORKERS)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -92,6 +92,12 @@ def test_a_bad_override_names_what_to_type(override, named):
         assert word in str(error.value)
 
 
+def test_a_number_may_refer_to_what_is_still_to_come():
+    cfg = get_config(BASE, ["model.losses.loss_box_reg.weight=${train.box_weight}"])
+    cfg.train.box_weight = 2.0
+    assert cfg.model.losses.loss_box_reg.weight == 2
+
+
 def test_overrides_reach_the_model():
     overrides = [
         "model.num_classes=7",

@@ -29,9 +29,11 @@ from ..config import (
     apply_overrides,
     check_key,
     config_names,
+    door_model,
     find_config,
     get_config,
 )
+from .unread_keys import refuse_unread
 
 __all__ = ["InferenceConfig", "inference_config", "yacs_config"]
 
@@ -100,7 +102,8 @@ def inference_config(
     Raises:
         ConfigError: unknown name, key or kind of file, a saved config that calls something else
             than parts of models and image transforms, a yacs config with yaml's tags for calls, or
-            one whose ``MODEL.DECOUPLE`` names another file or exchanges what a recipe calls.
+            one whose ``MODEL.DECOUPLE`` names another file or exchanges what a recipe calls, or
+            whose thresholds its model does not read.
     """
     path = find_config(name)
     if path.suffix == ".py":
@@ -211,6 +214,8 @@ def _set_first(cfg: DictConfig, keys: Sequence[str], value: Any) -> None:
 
 def _yacs(cfg: CfgNode, score_thresh: float | None) -> InferenceConfig:
     cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DECOUPLE.MODEL_FILE:
+        refuse_unread(cfg, door_model(cfg))
     if score_thresh is not None:
         cfg.merge_from_list(_pairs(_YACS_SCORE_THRESH, float(score_thresh)))
 

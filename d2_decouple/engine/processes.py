@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from traceback import clear_frames
 
 import torch.distributed as dist
 from detectron2.utils import comm
@@ -50,8 +51,9 @@ def meeting(backend: str) -> Iterator[None]:
     try:
         yield
         together = True
-    except TrainingStoppedError:
+    except TrainingStoppedError as stopped:
         together = True
+        clear_frames(stopped.__traceback__)  # they hold the model, and it the group
         raise
     except EXPECTED_ERRORS as error:
         _leave_word(store, rank, str(error))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.evaluation import DatasetEvaluator
@@ -30,6 +30,7 @@ from ..modeling import (
     TestTimeAugmentation,
 )
 from .trainer import Loader, unwrapped
+from .unread_keys import refuse_unread
 
 __all__ = ["Recipe", "lazy_recipe", "yacs_recipe"]
 
@@ -177,9 +178,9 @@ def yacs_recipe(cfg: CfgNode) -> Recipe:
         or DecoupledRPN.__name__ == cfg.MODEL.PROPOSAL_GENERATOR.NAME
         or DecoupledROIHeads.__name__ == cfg.MODEL.ROI_HEADS.NAME
     )
-    if ours:
-        _refuse_unread(cfg)
     door = door_recipe(cfg) if ours else None
+    if door is not None:
+        refuse_unread(cfg, door.model)
     num_classes = None if door is None else _class_count(door.model)[1]
     options = {} if door is None else door.train
 
@@ -231,31 +232,6 @@ def _refuse_ignored(cfg: CfgNode) -> None:
             raise ConfigError(
                 f"MODEL.DECOUPLE.OVERRIDES has {override!r}, for which yacs has a key of its own "
                 f"(SOLVER, INPUT, ...); wanted one of {', '.join(_DOOR)}"
-            )
-
-
-_LIMIT = "TEST.DETECTIONS_PER_IMAGE"
-
-
-def _refuse_unread(cfg: CfgNode) -> None:
-    """Refuse another value of a key that the model behind the door has in its recipe."""
-    one_stage = OneStageDetector.__name__ == cfg.MODEL.META_ARCHITECTURE
-    node, part = ("RETINANET", "") if one_stage else ("ROI_HEADS", "roi_heads.")
-    replaced = {
-        f"MODEL.{node}.{name}": f"MODEL.DECOUPLE.{name} {{}}"
-        for name in ("SCORE_THRESH_TEST", "NMS_THRESH_TEST")
-        if cfg.MODEL.DECOUPLE[name] is None
-    }
-    limit = f"model.{part}selection.max_detections_per_image="
-    if not any(x.lstrip("+").startswith(limit) for x in cfg.MODEL.DECOUPLE.OVERRIDES):
-        replaced[_LIMIT] = f"MODEL.DECOUPLE.OVERRIDES \"['{limit}{{}}']\""
-    defaults = get_cfg()
-    for key, wanted in replaced.items():
-        value, default = (functools.reduce(getattr, key.split("."), x) for x in (cfg, defaults))
-        if value != default:
-            raise ConfigError(
-                f"{key} is {value}, but the model is the recipe {cfg.MODEL.DECOUPLE.MODEL_FILE}, "
-                f"which does not read it: type {wanted.format(value)}"
             )
 
 

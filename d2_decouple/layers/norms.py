@@ -17,15 +17,20 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module | None:
     """The layer that Detectron2's ``get_norm`` makes of a name.
 
     Args:
-        norm: a name such as "GN", a callable from channels to module, or "" for none.
+        norm: a name such as "GN", a callable from channels to module, or "" (or what else is
+            false) for none.
         channels: of the maps that are normalised.
 
     Raises:
         ValueError: a name that Detectron2 does not know, in the place of its bare ``KeyError``.
     """
+    if not norm:
+        return None
     try:
         made: nn.Module | None = get_norm(norm, channels)
     except KeyError:
+        if not isinstance(norm, str):
+            raise
         raise ValueError(
             f"norm is {norm!r}; wanted is a name that Detectron2 knows, such as GN, BN or SyncBN, "
             "or an empty one for no normalisation (as in model.head.norm=)"

@@ -102,7 +102,7 @@ class DecoupledRPN(RPN):
             Of each image (R,) labels, 1, 0, or -1 for what is not sampled, and (R, 4) matched
             boxes, which mean something where the label is 1.
         """
-        if not isinstance(self.anchor_matcher, Matcher):
+        if type(self.anchor_matcher) is not Matcher:
             found: tuple[list[Tensor], list[Tensor]] = super().label_and_sample_anchors(
                 anchors, gt_instances
             )

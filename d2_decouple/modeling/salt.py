@@ -227,8 +227,9 @@ class SelfDistillationTerm:
     ``box_normalizer``. All but R1 is without gradient. (The paper writes "GIoU" where it means the
     loss.) Of which class the score y is, the paper does not say, and it divides all losses by the
     number of positives; the defaults do as the authors' code does with the losses it has. Where an
-    assigner weighs classes (:class:`.soft_weights.SoftWeights`), a positive's part is weighed as
-    its class is: the normalisers are sums of these weights.
+    assigner weighs classes (:class:`.soft_weights.SoftWeights`, the levels of
+    :class:`.ddod.DDODAssigner`), a positive's part is weighed as its class is. AutoAssign's class
+    weights are those of negatives; there the prior of its location weighs it.
 
     Attributes:
         score: (N, R, K) scores of the predictions, those of the selection.
@@ -272,5 +273,7 @@ class SelfDistillationTerm:
             best = scores.gather(-1, labels[..., None]).squeeze(-1)
         else:
             best = scores.amax(-1)
-        weights = positive_weights(targets, scores.shape[-1])
+        weights = targets.box_weights
+        if "inside" not in targets.extras:
+            weights = positive_weights(targets, scores.shape[-1])
         return torch.where(positive & better, best * overlaps * weights, 0)

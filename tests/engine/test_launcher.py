@@ -16,8 +16,7 @@ from util import environment
 
 from d2_decouple.checkpoint import Checkpointer, CheckpointError
 from d2_decouple.config import find_config, get_config
-from d2_decouple.engine import TrainingStoppedError, yacs_recipe
-from d2_decouple.engine.inference_config import yacs_config
+from d2_decouple.engine import TrainingStoppedError
 from d2_decouple.train import _launched, main, parse_arguments
 
 MINI = [
@@ -196,17 +195,6 @@ def test_bad_input_names_what_to_type(arguments, named, tmp_path, capsys, monkey
     for word in named:
         assert word in message
     assert not list(tmp_path.rglob("*.pth"))
-
-
-def test_what_the_door_sets_may_stand_under_both_keys():
-    """Detectron2's own key is not refused where the door's says what counts."""
-    limit = "model.selection.max_detections_per_image=300"
-    values = ["TEST.DETECTIONS_PER_IMAGE", "300", "MODEL.DECOUPLE.OVERRIDES", f"['{limit}']"]
-    values += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.3"]
-    values += ["MODEL.DECOUPLE.SCORE_THRESH_TEST", "0.3"]
-    model = yacs_recipe(yacs_config(find_config(YACS[1]), values)).model()
-    assert model.selection.max_detections_per_image == 300
-    assert model.selection.candidates.test_score_thresh == 0.3
 
 
 def test_output_folder_that_cannot_be_written(tmp_path, capsys):

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from d2_decouple.data.loader import TrainLoader
-from d2_decouple.engine import TrainingError
+from d2_decouple.engine import TrainingError, TrainingStoppedError
 from d2_decouple.engine.processes import LostProcessError, meeting
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
@@ -147,32 +147,46 @@ def in_one_of_two(rank, port, failure, folder):
     (folder / f"{rank}.txt").write_text(said)
 
 
-def threads_of_the_group(rank, port, folder):
-    """What Detectron2 and a distributed model do with a group, and the threads that are left."""
+def distributed_step(rank, stopped):
+    """What Detectron2 and a distributed model do with a group, and how many threads work then."""
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.hooks = [model]  # as a trainer and its hooks know each other
+    model(torch.ones(1, 2)).sum().backward()
+    assert len(comm.all_gather({"rank": rank})) == 2
+    inside = len(os.listdir("/proc/self/task"))
+    if stopped:
+        raise TrainingStoppedError(str(inside), 143)
+    return inside
+
+
+def threads_of_the_group(rank, port, folder, stopped):
+    """The threads before, in and after a meeting that ends well, or as when it is stopped."""
     os.environ.update(tiny_runs.rank_of(rank, 2, port))
     torch.set_num_threads(1)
     before = len(os.listdir("/proc/self/task"))
-    with meeting("gloo"):
-        model = DistributedDataParallel(torch.nn.Linear(2, 2))
-        model(torch.ones(1, 2)).sum().backward()
-        assert len(comm.all_gather({"rank": rank})) == 2
-        inside = len(os.listdir("/proc/self/task"))
-        del model
+    try:
+        with meeting("gloo"):
+            inside = distributed_step(rank, stopped)
+    except TrainingStoppedError as error:
+        inside = str(error)
     after = len(os.listdir("/proc/self/task"))
     (folder / f"{rank}.txt").write_text(f"{before} {inside} {after}")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-def test_threads_of_the_group_end_with_it(tmp_path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_threads_of_the_group_end_with_it(stopped, tmp_path):
     """One that outlives it may abort the process when the interpreter ends."""
     context, port = multiprocessing.get_context("spawn"), faults.free_port()
     runs = [
-        context.Process(target=threads_of_the_group, args=(rank, port, tmp_path)) for rank in (0, 1)
+        context.Process(target=threads_of_the_group, args=(rank, port, tmp_path, stopped))
+        for rank in (0, 1)
     ]
     for run in runs:
         run.start()
     for run in runs:
         run.join(120)
+        run.kill()
     for rank in (0, 1):
         before, inside, after = map(int, (tmp_path / f"{rank}.txt").read_text().split())
         assert before <= after < inside

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stack of convolutions: names as in Detectron2's checkpoints, shapes, initialisation."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,16 @@ def test_bias_free_tower() -> None:
 def test_an_unknown_norm_names_some() -> None:
     with pytest.raises(ValueError, match=r"norm is 'none'; .* GN, BN .*model\.head\.norm="):
         conv_tower(in_channels=8, conv_dims=[32], norm="none")
+
+
+@pytest.mark.parametrize("norm", ["", None, False])
+def test_no_norm(norm: Any) -> None:
+    assert names(conv_tower(in_channels=8, conv_dims=[32], norm=norm)) == ["0.weight", "0.bias"]
+
+
+def test_an_error_of_ones_own_norm_is_kept() -> None:
+    def norm(channels: int) -> nn.Module:
+        raise KeyError(f"{channels} channels")
+
+    with pytest.raises(KeyError, match="32 channels"):
+        conv_tower(in_channels=8, conv_dims=[32], norm=norm)

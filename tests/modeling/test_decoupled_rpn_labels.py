@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which anchors Decoupled R-CNN's RPN learns from: as Detectron2 says, in bounded memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,7 +84,19 @@ def test_an_object_without_an_area_is_nobodys() -> None:
     assert (labels[0] == 0).sum() == rpn.batch_size_per_image
 
 
-def test_a_matcher_of_ones_own_is_asked() -> None:
+class OwnMatcher(Matcher):
+    """A matcher of one's own may derive from Detectron2's."""
+
+    def __init__(self, match: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__([0.3, 0.7], [0, -1, 1])
+        self.match = match
+
+    def __call__(self, overlaps: Tensor) -> tuple[Tensor, Tensor]:
+        return self.match(overlaps)
+
+
+@pytest.mark.parametrize("kind", [OwnMatcher, lambda match: match])
+def test_a_matcher_of_ones_own_is_asked(kind: Any) -> None:
     asked = []
 
     def first_alone(overlaps: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +105,7 @@ def test_a_matcher_of_ones_own_is_asked() -> None:
         labels[0] = 1
         return torch.zeros(overlaps.shape[1], dtype=torch.long), labels
 
-    matcher: Any = first_alone
-    rpn = rpn_of(anchor_matcher=matcher)
+    rpn = rpn_of(anchor_matcher=kind(first_alone))
     anchors = anchors_of(rpn)
     labels, _ = rpn.label_and_sample_anchors(anchors, truth_of((12, 40)))
     assert asked == [(12, sum(map(len, anchors))), (40, sum(map(len, anchors)))]

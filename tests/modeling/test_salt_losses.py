@@ -146,6 +146,18 @@ def test_a_positive_is_weighed_as_its_class_is(width: int) -> None:
     assert distilled()(predictions, targets).item() == pytest.approx(total / 1.5, rel=1e-9)
 
 
+def test_autoassigns_class_weights_are_those_of_negatives() -> None:
+    """They are 0 where a box fits best; the prior of the location counts in their place."""
+    predictions, targets = made_predictions(COARSE, REFINED, SCORES), made_targets(GT, LABELS)
+    of_negatives = torch.tensor([0.0, 1, 1, 1, 1]).double()[:, None].expand(-1, K)
+    prior = torch.tensor([[0.9, 0.5, 0.2, 0, 0]]).double()
+    weighed = targets._replace(
+        cls_weights=of_negatives[None], box_weights=prior, extras={"inside": None}
+    )
+    likewise = targets._replace(cls_weights=prior[..., None])
+    assert distilled()(predictions, weighed) == distilled()(predictions, likewise) > 0
+
+
 def test_weight() -> None:
     predictions, targets = made_predictions(COARSE, REFINED, SCORES), made_targets(GT, LABELS)
     once, thrice = (distilled(weight=x)(predictions, targets) for x in (1.0, 3.0))
