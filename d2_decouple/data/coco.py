@@ -179,7 +179,7 @@ class COCOContent:
         """Dataset dicts of the images, or of a part of them; boxes as annotated, but xyxy."""
         # By name: ids may be given anew when annotations are exported again.
         names = _part_names([image["file_name"] for image in self.images])
-        chosen = names if part is None or not names else part.choose(names)
+        chosen = set(names if part is None or not names else part.choose(names))
         images = [x for x, name in zip(self.images, names, strict=True) if name in chosen]
         try:
             with _no_collection():
@@ -189,12 +189,20 @@ class COCOContent:
 
     def _record(self, image: dict[str, Any], folder: Path, ids: dict[int, int]) -> dict[str, Any]:
         return {
-            "file_name": os.path.join(folder, image["file_name"]),
+            "file_name": image_path(folder, image["file_name"]),
             "image_id": image["id"],
             "height": image["height"],
             "width": image["width"],
             "annotations": [_object(item, ids) for item in self.annotations.get(image["id"], ())],
         }
+
+
+def image_path(folder: str | os.PathLike[str], name: str) -> str:
+    """Where an image lies; its ``file_name`` may have been written on Windows."""
+    path = os.path.join(folder, name)
+    if "\\" in name and not os.path.isfile(path):
+        return os.path.join(folder, name.replace("\\", "/"))
+    return path
 
 
 def _part_names(files: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .coco import COCOContent, COCOSource, read_coco
+from .coco import COCOContent, COCOSource, image_path, read_coco
 from .foreign import read_json
 from .loader import DataError
 from .records import IMAGE_SUFFIXES, Part, existing_folder, register_source, visible
@@ -198,7 +198,7 @@ def _image_root(folder: Path, content: COCOContent, split: str) -> Path:
     places += [folder / name for name in ("images", "Images", "JPEGImages", "img", "data", "")]
     others = [place for place in sorted(folder.iterdir()) if place.is_dir()]
     for place in (*places, *others):
-        if (place / first).is_file():
+        if os.path.isfile(image_path(place, first)):
             return place
     known = dict.fromkeys(str(place) for place in places if place.is_dir())
     raise FileNotFoundError(

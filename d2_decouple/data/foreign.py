@@ -80,13 +80,24 @@ def read_limited(file: Path, limit_mib: int) -> bytes:
         return _rest(stream, file)
 
 
-def read_lines(file: Path) -> list[str]:
-    """The lines of a small text file; bytes that are not UTF-8 become question marks.
+def read_lines(file: Path, *, strict: bool = False) -> list[str]:
+    """The lines of a small text file.
+
+    Args:
+        file: its path.
+        strict: refuse bytes that are not UTF-8, which become question marks else.
 
     Raises:
-        DataError: as :func:`read_limited`.
+        DataError: as :func:`read_limited`, and with ``strict`` for another encoding.
     """
-    text = read_limited(file, ANNOTATION_MIB).decode("utf-8-sig", errors="replace")
+    content = read_limited(file, ANNOTATION_MIB)
+    try:
+        text = content.decode("utf-8-sig", errors="strict" if strict else "replace")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 (byte {error.start} is {content[error.start]:#04x}): save it "
+            "with that encoding"
+        ) from error
     return text.splitlines()
 
 

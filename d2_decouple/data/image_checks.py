@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from .findings import Finding, Split
 from .foreign import IMAGE_MIB, read_limited
@@ -81,6 +82,8 @@ def _decoded(file: str) -> ImageFacts:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             facts = _facts(image)
             image.load()
+            if image.format == "PNG":  # its EXIF may stand behind the pixels
+                facts = _facts(image)
     except _UNREADABLE as error:
         return ImageFacts(error=_reason(error))
     return facts._replace(digest=hashlib.blake2b(content, digest_size=16).digest())
@@ -90,7 +93,10 @@ def _facts(image: Image.Image) -> ImageFacts:
     # Asking a PNG without EXIF for it would decode all of it.
     has_exif = image.format != "PNG" or "exif" in image.info
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
-    return ImageFacts(image.size, orientation if orientation in range(1, 9) else 1)
+    size = image.size
+    if isinstance(image, TiffImageFile):  # whose size may be turned already
+        size = (image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength])
+    return ImageFacts(size, orientation if orientation in range(1, 9) else 1)
 
 
 def _reason(error: BaseException) -> str:

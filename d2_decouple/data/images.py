@@ -53,6 +53,7 @@ kinds Pillow starts a program: of PostScript, Ghostscript."""
 
 _TIFF = (b"II*\0", b"MM\0*")
 _WIDTH, _HEIGHT = 256, 257  # tags of TIFF
+_TAG_TYPES = {1: "B", 3: "H", 4: "I"}  # of TIFF, those of whole numbers
 
 
 class ImageError(ValueError):
@@ -176,12 +177,32 @@ def _decode(content: bytes) -> np.ndarray:
     with image:
         deep = _is_deep_color(image)  # known only until Pillow decodes, as the next line can do
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        rgb = _decode_deep(content) if deep else _decode_shallow(image)
+        if image.format == "TIFF" and orientation != 1:
+            # Pillow and OpenCV turn some of these themselves, and of 16-bit ones not all.
+            content = _without_orientation(content)
+            with Image.open(io.BytesIO(content), formats=["TIFF"]) as stored:
+                rgb = _decode_deep(content) if deep else _decode_shallow(stored)
+        else:
+            rgb = _decode_deep(content) if deep else _decode_shallow(image)
     if orientation == 1:
         return rgb
     turned = Image.fromarray(rgb)
     turned.getexif()[ExifTags.Base.Orientation] = orientation
     return np.array(ImageOps.exif_transpose(turned))
+
+
+def _without_orientation(tiff: bytes) -> bytes:
+    """The same file, whose first page says that its pixels lie as they are shown."""
+    order, big = "<" if tiff.startswith(b"II") else ">", 43 in (tiff[2], tiff[3])
+    offset, count, entry = ("Q", "Q", 20) if big else ("I", "H", 12)
+    (page,) = struct.unpack_from(order + offset, tiff, 8 if big else 4)
+    (tags,) = struct.unpack_from(order + count, tiff, page)
+    begin, changed = page + struct.calcsize(order + count), bytearray(tiff)
+    for place in range(begin, begin + tags * entry, entry):
+        tag, kind = struct.unpack_from(order + "HH", tiff, place)
+        if tag == ExifTags.Base.Orientation and kind in _TAG_TYPES:
+            struct.pack_into(order + _TAG_TYPES[kind], changed, place + entry // 5 * 4, 1)
+    return bytes(changed)
 
 
 def _refuse_many_pixels(content: bytes) -> None:

@@ -54,6 +54,13 @@ class TrainLoader:
 
     Takes the place of Detectron2's ``build_detection_train_loader`` in a LazyConfig, and can be
     iterated by any trainer. Each process of a distributed training gets its share of the images.
+
+    Attributes:
+        batch_size: images of a batch of this process.
+        step_batches: batches of a step. Grouped by shape are the images of a step, so that half
+            the batch and twice the batches have the same images in every step.
+        images: how many there are.
+        seed: of order and augmentation.
     """
 
     def __init__(
@@ -94,6 +101,8 @@ class TrainLoader:
         if repeat_factors is not None and len(repeat_factors) != len(dataset):
             raise DataError(f"{len(repeat_factors)} repeat factors for {len(dataset)} images")
         self.batch_size = total_batch_size // processes
+        self.step_batches = 1
+        self.images = len(dataset)
         self.seed = seed
         self._wide = np.array([item["width"] > item["height"] for item in dataset])
         if not aspect_ratio_grouping:
@@ -148,12 +157,14 @@ class TrainLoader:
         All processes together have the same images in a step, however many they are.
         """
         processes, rank = comm.get_world_size(), comm.get_rank()
+        total = self.batch_size * processes
         buckets: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
         for position, index in enumerate(self._order()):
             bucket = buckets[bool(self._wide[index])]
             bucket.append((position, index))
-            if len(bucket) == self.batch_size * processes:
-                yield bucket[rank::processes]
+            if len(bucket) == total * self.step_batches:
+                for start in range(0, len(bucket), total):
+                    yield bucket[start : start + total][rank::processes]
                 bucket.clear()
 
     def _order(self) -> Iterator[int]:

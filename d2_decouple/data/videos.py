@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames of a video file, and a video file of frames, in the order red, green, blue."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,9 @@ import numpy as np
 
 __all__ = ["VideoError", "VideoReader", "VideoWriter"]
 
+_logger = logging.getLogger(__name__)
 _USUAL_FPS = 25.0
+_MOST = 0.9  # of the frames that a file declares, which some only estimate
 # Tried in this order: not every OpenCV can write the first.
 _CODECS = ((".mp4", "mp4v"), (".avi", "MJPG"))
 
@@ -45,6 +48,7 @@ class VideoReader:
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         index = 0
+        declared = int(max(0.0, self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         while self._capture.grab():
             if index % self._every == 0:
                 decoded, frame = self._capture.retrieve()
@@ -54,6 +58,13 @@ class VideoReader:
             index += 1
         if not index:
             raise VideoError(f"{self._path} holds no frame that can be decoded")
+        if index < _MOST * declared:
+            _logger.warning(
+                "%s: only %d frames of about %d could be decoded; it may be damaged or cut off",
+                self._path,
+                index,
+                declared,
+            )
 
     def __enter__(self) -> "VideoReader":
         return self

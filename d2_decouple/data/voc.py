@@ -19,7 +19,14 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
-from .foreign import ANNOTATION_MIB, LARGEST_SIDE, brief, read_limited, read_lines
+from .foreign import (
+    ANNOTATION_MIB,
+    LARGEST_SIDE,
+    brief,
+    read_limited,
+    read_lines,
+    unusable_name,
+)
 from .loader import DataError
 from .records import (
     IMAGE_SUFFIXES,
@@ -210,17 +217,25 @@ def _split_ids(folder: Path, split: str | None) -> list[str]:
         )
     # VOC's own per-class lists have a second column (1, 0, -1), which is of no use here.
     lines = read_lines(listing)
-    ids = [contained(_first_word(line), f"{listing}: an id") for line in lines if line.strip()]
+    place = annotations_folder(folder)
+    ids = [
+        contained(_image_id(line.strip(), place), f"{listing}: an id")
+        for line in lines
+        if line.strip()
+    ]
     if not ids:
         raise DataError(f"split {split!r} is empty: {listing} names no image; wanted one id a line")
     refuse_duplicates(ids, f"ids in {listing}", "take the surplus lines out")
     return ids
 
 
-def _first_word(line: str) -> str:
+def _image_id(line: str, annotations: Path) -> str:
     words = line.split()
-    # A second column is a number; without one the blanks belong to the image's name.
-    return words[0] if len(words) == 2 and words[1] in ("1", "0", "-1") else line.strip()
+    if len(words) != 2 or words[1] not in ("1", "0", "-1"):
+        return line  # the blanks belong to the image's name
+    # It may be that of frame 1, too.
+    named = not unusable_name(line) and (annotations / f"{line}.xml").is_file()
+    return line if named else words[0]
 
 
 def _parse(file: Path) -> ET.Element:

@@ -161,7 +161,7 @@ def yolo_layout(folder: Path) -> YOLOLayout | None:
             f"{folder / 'classes.txt'} with one name a line, in the order of their numbers (or a "
             "data.yaml with names, train and val)"
         )
-    lines = read_lines(names)
+    lines = read_lines(names, strict=True)
     while lines and not lines[-1].strip():
         lines.pop()
     classes = _checked_names([line.strip() for line in lines], str(names))

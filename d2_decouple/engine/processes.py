@@ -14,11 +14,12 @@ from traceback import clear_frames
 
 import torch.distributed as dist
 from detectron2.utils import comm
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import EXPECTED_ERRORS, TrainingError, TrainingStoppedError
 
-__all__ = ["PATIENCE", "LostProcessError", "meeting"]
+__all__ = ["PATIENCE", "LostProcessError", "meeting", "take_buffers"]
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for another that does not answer, and does not end either.
@@ -72,6 +73,18 @@ def meeting(backend: str) -> Iterator[None]:
         raise
     finally:
         _leave_groups(together)
+
+
+def take_buffers(model: nn.Module) -> None:
+    """Take the first process's buffers, which are the ones that are saved.
+
+    Batch norms have statistics of their own in each process, so an evaluation that the processes
+    share would otherwise be of no model that there is.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
 
 
 def _leave_groups(together: bool) -> None:

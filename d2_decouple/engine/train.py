@@ -22,8 +22,9 @@ from ..config import ConfigError
 from ..data.loader import DataError
 from .failures import enough_disk
 from .hooks import EarlyStop, Evaluating, Progress, Saving, forget_after
+from .processes import take_buffers
 from .recipe import Recipe
-from .trainer import Average, BatchError, Trainer
+from .trainer import Average, BatchError, Trainer, unwrapped
 
 __all__ = ["distributed", "evaluate", "load_weights", "set_up", "train"]
 
@@ -136,6 +137,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     def evaluation() -> dict[str, Any]:
         results.clear()
         evaluated = average.model if average else model
+        take_buffers(evaluated)
         results.update(evaluate(recipe, evaluated, wrap=lambda loader: _Watched(loader, trainer)))
         return results
 
@@ -198,6 +200,8 @@ def _start(recipe: Recipe, trainer: Trainer, checkpointer: Checkpointer, resume:
     """Load what the training begins with; the first iteration to run."""
     going_on = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(recipe.init_checkpoint, resume=resume)
+    if trainer.average is not None and not trainer.average.updates:  # switched on only now
+        trainer.average.load_state_dict(unwrapped(trainer.model).state_dict())
     start = trainer.iter + 1 if going_on else 0
     starts = comm.all_gather(start)
     if len(set(starts)) > 1:

@@ -154,6 +154,8 @@ class Trainer(TrainerBase):
         super().__init__()
         self.model, self.optimizer, self.average = model, optimizer, average
         self._loader, self._accumulate, self._max_grad_norm = loader, accumulate, max_grad_norm
+        if hasattr(loader, "step_batches"):
+            loader.step_batches = accumulate
         self._device = next(model.parameters()).device
         self._precision, self._failures = precision, Path(failures)
         half = precision is torch.float16
@@ -234,7 +236,10 @@ class Trainer(TrainerBase):
         state["seed"] = self._loader.seed
         state["accumulate"] = self._accumulate
         state["images"] = self._step_images()
+        state["dataset"] = getattr(self._loader, "images", None)
         state["average_updates"] = self.average.updates if self.average else 0
+        # Detectron2's dense heads keep a moving average of their positives beside their buffers.
+        state["loss_normalizer"] = getattr(unwrapped(self.model), "loss_normalizer", None)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -253,6 +258,8 @@ class Trainer(TrainerBase):
             self._loader.seed = state["seed"]
         if self.average:
             self.average.updates = state.get("average_updates", 0)
+        if state.get("loss_normalizer") is not None:
+            unwrapped(self.model).loss_normalizer = state["loss_normalizer"]
 
     def _step_images(self) -> int | None:
         """Images of a step, all processes together; None if the loader does not say."""
@@ -274,6 +281,14 @@ class Trainer(TrainerBase):
                 before,
                 unit,
                 now,
+            )
+        size = getattr(self._loader, "images", None)
+        if size is not None and state.get("dataset", size) not in (size, None):
+            _logger.warning(
+                "The training set had %d images and has %d now: some come again, or are left out, "
+                "in this epoch",
+                state["dataset"],
+                size,
             )
 
     def _load(self) -> list[list[dict[str, Any]]]:

@@ -4,6 +4,8 @@
 import gc
 import json
 import math
+import os
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from helpers_of_data import CLASSES, HEIGHT, WIDTH, coco_content, write_coco
 
 from d2_decouple.data import DataError, load_coco, register_coco
+from d2_decouple.data.coco import read_coco
 from d2_decouple.evaluation import BoxEvaluator
 
 pytestmark = pytest.mark.usefixtures("catalogs")
@@ -26,6 +29,31 @@ def coco(tmp_path):
         return tmp_path / "instances.json", tmp_path / "images"
 
     return write
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a backslash is no part of a name")
+def test_paths_written_on_windows(tmp_path):
+    content = coco_content()
+    write_coco(tmp_path / "instances.json", content, tmp_path / "images")
+    for image in content["images"]:
+        image["file_name"] = image["file_name"].replace("/", "\\")
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    *_, last = load_coco(tmp_path / "instances.json", tmp_path / "images")
+    assert last["file_name"] == str(tmp_path / "images" / "sub" / "c.png")
+    (tmp_path / "images" / "sub\\c.png").write_bytes(b"")
+    *_, last = load_coco(tmp_path / "instances.json", tmp_path / "images")
+    assert last["file_name"] == str(tmp_path / "images" / "sub\\c.png")
+
+
+def test_a_large_set_is_read_in_linear_time(tmp_path):
+    """A third of COCO; it took eight seconds."""
+    image = {"width": 10, "height": 10}
+    images = [{**image, "id": i, "file_name": f"{i}.jpg"} for i in range(40_000)]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    began = time.process_time()
+    assert len(read_coco(tmp_path / "instances.json").records(tmp_path, {1: 0})) == 40_000
+    assert time.process_time() - began < 4
 
 
 def changed(table, index, **values):

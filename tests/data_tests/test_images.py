@@ -2,6 +2,7 @@
 """Images of every kind come out as they are displayed; what is no image is named."""
 
 import io
+import struct
 import warnings
 
 import cv2
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from d2_decouple.data.image_checks import read_facts
 from d2_decouple.data.images import ImageError, as_rgb, read_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -99,6 +101,28 @@ def test_sixteen_bit_colours_keep_their_opacity(tmp_path):
     assert read_rgb(path)[0].tolist() == [list(WHITE), list(RED)]
 
 
+def plain_tiff(pixels, orientation, order):
+    """A TIFF of one strip without compression: grey or colours, 8 or 16 bits."""
+    height, width, *rest = pixels.shape
+    samples, bits = (rest or [1])[0], 8 * pixels.itemsize
+    body = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1 if samples == 1 else 2}
+    tags |= {274: orientation, 277: samples, 278: height}
+    start = 8 + 2 + 12 * (len(tags) + 2) + 4
+    strip = start + 2 * samples
+    entries = sorted({**tags, 273: strip, 279: len(body)}.items())
+    content = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8)
+    content += struct.pack(order + "H", len(entries))
+    for tag, value in entries:
+        if tag == 258 and samples > 1:
+            content += struct.pack(order + "HHII", tag, 3, samples, start)
+        elif tag in (273, 279):
+            content += struct.pack(order + "HHII", tag, 4, 1, value)
+        else:
+            content += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
+    return content + bytes(4) + struct.pack(f"{order}{samples}H", *[bits] * samples) + body
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_rotation_of_exif_is_applied(tmp_path, orientation):
     """What a viewer shows: the raster as it lies turned back by the orientation."""
@@ -116,11 +140,42 @@ def test_the_rotation_of_exif_is_applied(tmp_path, orientation):
     }[orientation]
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    for name in ("a.png", "a.jpg"):
+    for name in ("a.png", "a.jpg", "a.tif"):
         image = Image.fromarray(np.ascontiguousarray(stored))
-        rgb = read_rgb(saved(tmp_path, image, name, exif=exif))
+        path = saved(tmp_path, image, name, exif=exif)
+        rgb = read_rgb(path)
         assert rgb.shape == upright.shape
         assert np.abs(rgb.astype(int) - upright).max() < 30
+        for decode in (False, True):
+            (facts,) = read_facts([str(path)], decode=decode)
+            assert (facts.shown, facts.orientation) == ((24, 16), orientation)
+    # Of TIFF some decoders turn some kinds themselves.
+    for order in "<>":
+        for pixels in (stored[..., 0], stored.astype(np.uint16) * 257):
+            path = tmp_path / "b.tif"
+            path.write_bytes(plain_tiff(pixels, orientation, order))
+            rgb = read_rgb(path)
+            assert rgb.shape == upright.shape
+            assert np.abs(rgb.astype(int) - upright).max() == 0
+
+
+def test_exif_of_a_png_may_stand_behind_the_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = saved(tmp_path, colored(), exif=exif)
+    content, chunks, place = path.read_bytes(), [], 8
+    while place < len(content):
+        end = place + 12 + struct.unpack_from(">I", content, place)[0]
+        chunks.append(content[place:end])
+        place = end
+    path.write_bytes(content[:8] + b"".join(sorted(chunks, key=exif_last)))
+    assert read_rgb(path).shape == (5, 6, 3)
+    (facts,) = read_facts([str(path)], decode=True)
+    assert (facts.orientation, facts.shown) == (6, (6, 5))
+
+
+def exif_last(chunk):
+    return [b"IHDR", b"IDAT", b"eXIf", b"IEND"].index(chunk[4:8])
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):

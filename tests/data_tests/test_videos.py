@@ -51,6 +51,30 @@ def test_a_video_cut_off_ends_or_is_named(tmp_path):
         list(reader)
 
 
+def test_frames_that_are_missing_are_counted(tmp_path, caplog):
+    path = film(tmp_path, count=12)
+    with caplog.at_level("WARNING"), VideoReader(path) as reader:
+        assert len(list(reader)) == 12
+    assert not caplog.text
+    with VideoReader(path) as reader:
+        reader._capture = Declaring(reader._capture, 120)
+        list(reader)
+    assert "only 12 frames of about 120 could be decoded" in caplog.text
+
+
+class Declaring:
+    """A capture of a file that declares more frames than it holds."""
+
+    def __init__(self, capture, frames):
+        self.capture, self.frames = capture, frames
+
+    def get(self, what):
+        return self.frames if what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
+
+    def __getattr__(self, name):
+        return getattr(self.capture, name)
+
+
 def test_where_the_first_codec_is_missing_the_second_is_written(tmp_path, monkeypatch):
     class OnlyAvi:
         def __init__(self, path, *args):

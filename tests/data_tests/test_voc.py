@@ -37,6 +37,13 @@ def test_split_lists_with_a_second_column(voc):
     assert [record["image_id"] for record in load_voc(voc, "dog_train", CLASSES)] == ["a", "b"]
 
 
+def test_an_id_may_end_like_a_second_column(voc):
+    for place, end in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        (voc / place / f"a{end}").rename(voc / place / f"a 1{end}")
+    (voc / "ImageSets/Main/train.txt").write_text("a 1\nb -1\n")
+    assert [record["image_id"] for record in load_voc(voc, "train", CLASSES)] == ["a 1", "b"]
+
+
 def test_ground_truth_leaves_crowds_out(voc):
     first, second = (ground_truth(record) for record in load_voc(voc, "train", CLASSES))
     assert first.image_size == (HEIGHT, WIDTH)

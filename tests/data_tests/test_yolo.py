@@ -77,6 +77,16 @@ def test_without_splits_the_same_images_are_held_out_as_from_voc(tmp_path):
     assert ids(found, "test") == ids(other, "test")
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_names_in_another_encoding_are_refused(pets, encoding):
+    (pets / "data.yaml").unlink(missing_ok=True)
+    (pets / "classes.txt").write_bytes("cat\nKäfer\n".encode(encoding))
+    with pytest.raises(DataError, match=r"classes\.txt is not UTF-8 .*: save it with that"):
+        register_folder(pets)
+    (pets / "classes.txt").write_bytes("cat\nKäfer\n".encode("utf-8-sig"))
+    assert register_folder(pets).classes == ("cat", "Käfer")
+
+
 def test_a_box_is_its_middle_and_its_sides_as_shares(pets):
     labels(pets / "labels/train", a="1 0.5 0.5 0.2 0.4\n\n  0 0.25 0.1 0.5 0.2  \n", b="")
     first, second = records(register_folder(pets))

@@ -105,6 +105,21 @@ def test_a_stopped_and_resumed_training_equals_the_unbroken_one(
     assert kind == "yacs" or steps[0] == steps[1] == [0, 1, 2, 3, 4]
 
 
+def test_an_average_that_is_switched_on_later_begins_with_the_weights(tmp_path, monkeypatch):
+    arguments = [*command("lazy", tmp_path), "train.ema.enabled=false"]
+    evaluated = []
+    monkeypatch.setattr(
+        sys.modules["d2_decouple.engine.train"],
+        "evaluate",
+        lambda recipe, model, wrap: evaluated.append(model.state_dict()) or {},
+    )
+    assert main(arguments) == 0
+    assert main([*arguments[:2], "--resume", *arguments[2:-1]]) == 0
+    once, again = evaluated
+    assert once.keys() == again.keys()
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
 def started(arguments, folder):
     """A training in a session of its own, once it has done some steps."""
     folder.mkdir()

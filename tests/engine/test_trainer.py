@@ -147,6 +147,38 @@ def test_an_average_goes_on_after_resuming():
     assert equal(unbroken.average.state_dict(), second.average.state_dict())
 
 
+def test_a_moving_average_beside_the_buffers_goes_on():
+    """Detectron2's dense heads keep one, of their positives."""
+    first, second = make(), make()
+    first.model.loss_normalizer = 221.5
+    second.load_state_dict(first.state_dict())
+    assert second.model.loss_normalizer == 221.5
+    without = make()
+    without.load_state_dict(make().state_dict())
+    assert not hasattr(without.model, "loss_normalizer")
+
+
+def test_another_number_of_images_is_said(caplog):
+    first, second = make(), make()
+    first._loader.images, second._loader.images = 100, 101
+    state = first.state_dict()
+    make().load_state_dict(state)  # its loader does not say how many there are
+    first.load_state_dict(state)
+    assert not caplog.text
+    second.load_state_dict(state)
+    assert "The training set had 100 images and has 101 now" in caplog.text
+
+
+def test_batches_of_a_step_are_grouped_together():
+    loader = Numbers()
+    loader.step_batches = 1
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Trainer(model=model, loader=loader, optimizer=optimizer, accumulate=3)
+    assert loader.step_batches == 3
+
+
 @pytest.mark.parametrize("decay", [0, 1, -1, 2])
 def test_a_decay_that_is_none_is_refused(decay):
     with pytest.raises(TrainingError, match=f"between 0 and 1, got {decay}"):

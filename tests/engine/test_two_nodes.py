@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2_decouple.data.loader import TrainLoader
 from d2_decouple.engine import TrainingError, TrainingStoppedError
-from d2_decouple.engine.processes import LostProcessError, meeting
+from d2_decouple.engine.processes import LostProcessError, meeting, take_buffers
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -173,6 +173,31 @@ def threads_of_the_group(rank, port, folder, stopped):
     (folder / f"{rank}.txt").write_text(f"{before} {inside} {after}")
 
 
+def buffers_of_one_of_two(rank, port, folder):
+    os.environ.update(tiny_runs.rank_of(rank, 2, port))
+    torch.set_num_threads(1)
+    model = torch.nn.BatchNorm2d(3)
+    model.running_mean += rank + 1
+    with meeting("gloo"):
+        take_buffers(model)
+    (folder / f"{rank}.txt").write_text(str(model.running_mean.tolist()))
+
+
+def test_what_is_evaluated_has_the_statistics_that_are_saved(tmp_path):
+    context, port = multiprocessing.get_context("spawn"), faults.free_port()
+    runs = [
+        context.Process(target=buffers_of_one_of_two, args=(rank, port, tmp_path))
+        for rank in (0, 1)
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+        run.kill()
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank}.txt").read_text() == "[1.0, 1.0, 1.0]"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize("stopped", [False, True])
 def test_threads_of_the_group_end_with_it(stopped, tmp_path):
@@ -239,3 +264,15 @@ def test_the_images_of_a_step_are_the_same_for_any_number_of_processes(sizes, mo
         return [sorted(chain.from_iterable(parts)) for parts in zip(*shares, strict=True)]
 
     assert steps(1) == steps(2) == steps(4)
+
+    def accumulated(batch, batches):
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 1)
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 0)
+        loader = TrainLoader(
+            dataset=dataset, mapper=lambda x: x["file_name"], total_batch_size=batch, seed=3
+        )
+        loader.step_batches = batches
+        found = list(islice(loader, 9 * batches))
+        return [sorted(chain.from_iterable(found[i : i + batches])) for i in range(0, 9, batches)]
+
+    assert accumulated(2, 2) == accumulated(4, 1)[: len(accumulated(2, 2))]
