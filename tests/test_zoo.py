@@ -356,6 +356,16 @@ def test_a_model_is_ready(nothing_trained):
         zoo.get("fcos_R18_FPN_bccd")
 
 
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for device, message in (
+        ("cuda", "device is cuda, but torch sees no GPU; give device='cpu'"),
+        ("gpu", "device 'gpu' is not known to torch; give cpu or cuda"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            zoo.get(SMALL, device=device)
+
+
 def saved(model, file):
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict()}, file)
@@ -368,6 +378,9 @@ def test_weights_of_a_file_and_of_a_training(nothing_trained):
     key = "head.cls_score.weight"
     file = saved(wanted, nothing_trained / "a.pth")
     found = zoo.get(SMALL, weights=str(file))
+    assert torch.equal(found.model.state_dict()[key], wanted.state_dict()[key])
+    assert found.weights == str(file)
+    found = zoo.get(SMALL, weights=file)
     assert torch.equal(found.model.state_dict()[key], wanted.state_dict()[key])
     assert found.weights == str(file)
     with pytest.raises(CheckpointError, match="give the config that the checkpoint was"):

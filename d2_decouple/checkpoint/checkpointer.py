@@ -2,6 +2,7 @@
 """Detectron2's checkpointer that never loses a checkpoint and counts what fitted of one."""
 
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from .backbones import fit_backbone, unwrap
 from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError, listed
 from .files import read_torch_file, reading, write_whole
 from .foreign import check_weights, read_arrays
-from .sources import local_file, read_safetensors
+from .sources import local_file, read_safetensors, without_heuristics
 
 _listed = partial(listed, most=6)
 __all__ = ["BEST", "CheckpointError", "Checkpointer", "DamagedCheckpointError"]
@@ -58,7 +59,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **checkpointables)
         self._complete, self._extras = complete, dict(extras or {})
-        self._resuming = False
+        self._resuming = self._by_names = False
 
     def save(self, name: str, *, last: bool = True, **kwargs: Any) -> None:
         """Write ``name``.pth: weights, the state of what is checkpointed, and the extras.
@@ -94,7 +95,7 @@ class Checkpointer(DetectionCheckpointer):
         """The file that a resumed training goes on from, or ""."""
         return str(next(iter(self._candidates()), ""))
 
-    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+    def resume_or_load(self, path: str | Path, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest whole checkpoint with everything in it, or the weights at ``path``.
 
         Raises:
@@ -139,15 +140,17 @@ class Checkpointer(DetectionCheckpointer):
         # As bytes: a damaged one is no text, and then names no file.
         return tag.read_bytes().decode(errors="replace").strip() if tag.is_file() else ""
 
-    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+    def load(self, path: str | Path, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As Detectron2's; ``path`` may also be a name, such as ``torchvision://resnet50``.
+
+        With ``?matching_heuristics=True`` behind it names are matched by their ends.
 
         Raises:
             CheckpointError: the file is missing, cannot be fetched or read, or does not fit.
         """
-        path = local_file(path)
+        path, self._by_names = without_heuristics(local_file(os.fspath(path)))
         remote = "://" in path
-        if path and not remote and not Path(path.partition("?")[0]).is_file():
+        if path and not remote and not Path(path).is_file():
             raise CheckpointError(
                 f"there is no checkpoint {path}; set {WEIGHTS_KEYS} to an existing file"
             )
@@ -161,10 +164,13 @@ class Checkpointer(DetectionCheckpointer):
                 f"and set {WEIGHTS_KEYS} to it, or to an empty string for random weights"
             ) from error
         finally:
+            self._by_names = False
             self._parsed_url_during_load = None  # newer Detectron2 refuses to load after a failure
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = unwrap(self._read_file(filename))
+        if self._by_names:
+            content["matching_heuristics"] = True
         with reading(filename):
             check_weights(content)
         return fit_backbone(content, self.model, filename=filename)

@@ -104,13 +104,13 @@ def convert_checkpoint(
     """
     _known(method, CONVERTERS, "converter")
 
-    def convert(content: Mapping[str, Any]) -> tuple[Converted, dict[str, Any]]:
+    def convert(content: Mapping[str, Any]) -> tuple[Converted, dict[str, Any], str]:
         state = _tensors(content)
         converted = CONVERTERS[method](state)
         origin: dict[str, Any] = {"method": method, "file": Path(official).name}
         if method in WAYS_BACK:
             origin[_LEFT_OUT] = WAYS_BACK[method].left_out(state)
-        return converted, {"model": converted.tensors, _OURS: origin}
+        return converted, {"model": converted.tensors, _OURS: origin}, ""
 
     return _rewrite(
         method,
@@ -130,7 +130,8 @@ def revert_checkpoint(
 ) -> str:
     """Read a file of this package and write one for the authors' code; returns one line about it.
 
-    What :func:`convert_checkpoint` wrote becomes the tensors that it was given, bit for bit.
+    What :func:`convert_checkpoint` wrote becomes the tensors that it was given, bit for bit. Of a
+    training that averaged its weights the averaged ones are taken, as everywhere in this package.
 
     Args:
         method: a key of :data:`WAYS_BACK`.
@@ -145,15 +146,17 @@ def revert_checkpoint(
     """
     _known(method, WAYS_BACK, "way back")
 
-    def revert(content: Mapping[str, Any]) -> tuple[Converted, dict[str, Any]]:
+    def revert(content: Mapping[str, Any]) -> tuple[Converted, dict[str, Any], str]:
         origin = content.get(_OURS, {})
         if origin and origin["method"] != method:
             raise CheckpointError(f"it was converted as weights of {origin['method']}: type that")
-        state = content.get("model")
+        averaged = content.get("ema")
+        kind = " (averaged)" if averaged and isinstance(averaged, Mapping) else ""
+        state = averaged if kind else content.get("model")
         if not isinstance(state, Mapping):
             raise CheckpointError("it has no weights under model, as the files of this package do")
         reverted = WAYS_BACK[method].revert(_by_name(state), origin.get(_LEFT_OUT, {}))
-        return reverted, {"meta": {}, "state_dict": reverted.tensors}
+        return reverted, {"meta": {}, "state_dict": reverted.tensors}, kind
 
     return _rewrite(
         method,
@@ -177,7 +180,7 @@ def _rewrite(
     method: str,
     source: Path,
     target: Path,
-    make: Callable[[Mapping[str, Any]], tuple[Converted, dict[str, Any]]],
+    make: Callable[[Mapping[str, Any]], tuple[Converted, dict[str, Any], str]],
     *,
     force: bool,
     title: str,
@@ -185,12 +188,15 @@ def _rewrite(
     misfit: str,
     wanted: str,
 ) -> str:
-    """Write what ``make`` makes of a file's content; the last four are for messages."""
+    """Write what ``make`` makes of a file's content; the last four are for messages.
+
+    ``make`` also says which weights it took, if there was a choice.
+    """
     if not source.is_file():
         raise CheckpointError(f"there is no file {source}; {missing}")
     _prepare_target(source, target, force, f"{method}.pth")
     try:
-        converted, content = make(read_torch_file(str(source)))
+        converted, content, kind = make(read_torch_file(str(source)))
     except CheckpointError as error:
         if str(source) in str(error):
             raise
@@ -199,7 +205,7 @@ def _rewrite(
         ) from error
     write_whole(target, lambda file: torch.save(content, file))
     return (
-        f"{title}: {len(converted.tensors)} tensors converted ({converted.description}): "
+        f"{title}: {len(converted.tensors)} tensors{kind} converted ({converted.description}): "
         f"{source} -> {target}; {converted.advice}"
     )
 

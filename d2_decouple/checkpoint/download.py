@@ -25,7 +25,6 @@ _SECONDS = 30  # without an answer
 _PIN = re.compile(r"sha256=([0-9a-fA-F]{8,64})")
 # What torchvision and mmdetection end their files' names with: the beginning of the SHA-256.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|pkl|pyth|safetensors)")
-_DATE = re.compile(r"20\d{6}")
 
 
 class Address(NamedTuple):
@@ -43,7 +42,8 @@ class Address(NamedTuple):
 def parse_address(source: str) -> Address:
     """Read ``https://host/file.pth#sha256=0123abcd...``.
 
-    Without a pin, a name that ends in its hash (``resnet18-f37072fd.pth``) is one.
+    Without a pin, a name that ends in its hash (``resnet18-f37072fd.pth``) is one. An ending of
+    digits alone is none: it is a date or a number of iterations.
 
     Raises:
         CheckpointError: a fragment that is no such pin.
@@ -58,7 +58,7 @@ def parse_address(source: str) -> Address:
             )
         return Address(url, match[1].lower())
     match = _HASH_IN_NAME.search(urlsplit(url).path)
-    return Address(url, match[1] if match and not _DATE.fullmatch(match[1]) else "")
+    return Address(url, match[1] if match and not match[1].isdigit() else "")
 
 
 def cache_folder() -> Path:
@@ -68,6 +68,8 @@ def cache_folder() -> Path:
 
 def download(source: str, *, called: str = "") -> Path:
     """The path of the file at an address, below :func:`cache_folder` as Detectron2 has it.
+
+    An address with a query ("?") has a file of its own, with a hash of the query in its name.
 
     It is fetched when it is not there. Its SHA-256 is then written beside it, and compared at
     every later call: a file that has changed since is not used.
@@ -104,7 +106,12 @@ def _place(url: str) -> Path:
         )
     path = [part for part in unquote(parts.path).split("/") if part not in ("", ".", "..")]
     host = parts.netloc.rpartition("@")[2].replace(":", "_")
-    return cache_folder().joinpath(host, *path)
+    file = cache_folder().joinpath(host, *path)
+    if not parts.query:
+        return file
+    # Behind the same path another query may be another file; what it is read as, its suffix says.
+    query = hashlib.sha256(parts.query.encode()).hexdigest()[:16]
+    return file.with_name(f"{file.stem}.query-{query}{file.suffix}")
 
 
 def _refuse_folder(file: Path, source: str) -> None:

@@ -18,10 +18,12 @@ from ..config import nearest
 from .download import download, parse_address
 from .errors import WEIGHTS_KEYS, CheckpointError, DamagedCheckpointError
 
-__all__ = ["local_file", "read_safetensors"]
+__all__ = ["local_file", "read_safetensors", "without_heuristics"]
 
 _logger = logging.getLogger(__name__)
 
+_ADDRESSES = ("detectron2", "http", "https")
+_HEURISTICS = "matching_heuristics"  # Detectron2's parameter behind the name of a file
 _SCHEMES = ("catalog", "detectron2", "http", "https", "timm", "torchvision")
 _CATALOGUE = tuple(
     f"detectron2://ImageNetPretrained/{name}.pkl"
@@ -47,19 +49,23 @@ def local_file(source: str) -> str:
       the weights of that name, such as ``IMAGENET1K_V1``.
     * ``timm://resnet50.a1_in1k``: timm's model and tag; needs the package timm.
     * ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, ``https://...``: as in Detectron2, with
-      ``#sha256=...`` behind it compared with that hash (:mod:`.download`).
+      ``#sha256=...`` behind it compared with that hash (:mod:`.download`). A query ("?") is the
+      server's business, but for Detectron2's ``matching_heuristics=True``, which then stands
+      behind the path (:func:`without_heuristics`).
     * ``COCO-Detection/retinanet_R_50_FPN_1x``: a model of Detectron2's zoo, with or without
       ``.yaml``, unless there is a file of that name.
-    * anything else is a path, and handed back; so is an address with a query ("?"), which
-      Detectron2 reads itself.
+    * anything else is a path, and handed back; so is what has a "?" and is none of these
+      addresses.
 
     Raises:
         CheckpointError: an unknown name (the nearest ones are said), or one that could not be
             fetched.
     """
     scheme, separator, name = source.partition("://")
-    if "?" in source or not (separator or _is_zoo_name(source)):
+    address = bool(separator) and scheme.lower() in _ADDRESSES
+    if not address and ("?" in source or not (separator or _is_zoo_name(source))):
         return source
+    parameter = ""
     if not separator:
         file = _zoo_file(source)
     elif scheme == "torchvision":
@@ -67,9 +73,27 @@ def local_file(source: str) -> str:
     elif scheme == "timm":
         file = _timm_file(source, name)
     else:
-        file = _detectron2_file(source)
+        plain, by_names = without_heuristics(source)
+        file = _detectron2_file(plain)
+        parameter = f"?{_HEURISTICS}=True" if by_names else ""
     _logger.info("%s is %s", source, file)
-    return file
+    return file + parameter
+
+
+def without_heuristics(source: str) -> tuple[str, bool]:
+    """A path or an address without Detectron2's ``?matching_heuristics=True``, and if it was on.
+
+    Detectron2 then matches names by their ends. Other parameters and a fragment stay.
+    """
+    url, fragment_mark, fragment = source.partition("#")
+    base, _, query = url.partition("?")
+    parameters = query.split("&") if query else []
+    others = [each for each in parameters if each.partition("=")[0] != _HEURISTICS]
+    if len(others) == len(parameters):
+        return source, False
+    given = [each.partition("=")[2] for each in parameters if each not in others]
+    rest = f"?{'&'.join(others)}" if others else ""
+    return f"{base}{rest}{fragment_mark}{fragment}", given == ["True"]
 
 
 def read_safetensors(filename: str) -> dict[str, torch.Tensor]:

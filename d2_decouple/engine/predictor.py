@@ -92,7 +92,7 @@ class Predictor(Inspection):
             raise ConfigError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number from 1, got {batch_size}")
-        self.device = _device(device)
+        self.device = torch_device(device)
         self.precision, self._dtype = precision, _checked(precision, self.device)
         self.classes = tuple(classes)
         self._channels, self._image_format = channels, image_format
@@ -255,7 +255,12 @@ class _BuildingCheckpointer(Checkpointer):
         return loaded
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def torch_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, by default the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: torch does not know it, or this machine does not have it.
+    """
     gpus = torch.cuda.device_count()
     try:
         device = torch.device(name or ("cuda" if gpus else "cpu"))

@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.images import ImageError
 from ..engine import run_command
 from ..engine.inference_config import inference_config
 from ..engine.predictor import Predictor
 from .description import ExportError, describe
 from .graph import exportable
-from .programs import FORMATS, LEAST_OPSET, export_file
+from .programs import FORMATS, LEAST_OPSET, check_format, export_file
 
 __all__ = ["main"]
 
@@ -30,7 +31,7 @@ examples:
 Only one-stage detectors can be exported. An ONNX file takes any number of images of any one size;
 python -m d2_decouple.demo --model model.onnx runs it with neither PyTorch nor Detectron2. With
 --verify the images of a folder are detected by both, in PyTorch and by the file, and the exit
-status is 1 where they differ by more than 0.001.
+status is 1 where they differ by more than 0.001, or where an image could not be read.
 """
 
 
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 1 if nothing could be written, or the file finds other objects.
+        The exit status: 1 if nothing could be written, the file finds other objects, or an image
+        to compare on could not be read.
     """
     args = _parser().parse_args(arguments)
     return run_command(lambda: _export(args), OSError)
@@ -65,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--opset", type=int, default=LEAST_OPSET, help="of ONNX (%(default)s)")
     add(
         "--size",
-        type=int,
+        type=_side,
         nargs=2,
         metavar=("H", "W"),
         help="take one image of this size in pixels, after resizing, and no other",
@@ -76,8 +78,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _side(text: str) -> int:
+    """Of an image, in pixels."""
+    try:
+        side = int(text)
+    except ValueError:
+        side = 0
+    if side < 1:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted are whole numbers from 1 on; type the height and the width in "
+            "pixels, such as --size 240 320"
+        )
+    return side
+
+
 def _export(args: argparse.Namespace) -> int:
     file = Path(args.output)
+    check_format(args.format, file)
     images = _images(args.verify, args.format)
     if file.is_dir() or (file.exists() and not args.overwrite):
         raise ExportError(
@@ -127,21 +144,33 @@ def _verify(predictor: Predictor, file: Path, images: Sequence[Path]) -> int:
     from ..runtime import ExportedDetector, ExportedModelError
     from .verify import TOLERANCE, compare
 
+    agreeing = skipped = 0
     try:
-        rows = compare(predictor, ExportedDetector(file), images)
+        detector = ExportedDetector(file)
+        for image in images:
+            try:
+                (row,) = compare(predictor, detector, [image])
+            except (ImageError, ExportedModelError) as error:  # the latter: of another size
+                skipped += 1
+                named = "" if str(image) in str(error) else f"{image}: "
+                print(f"skipped: {named}{error}", file=sys.stderr)
+                continue
+            found = row.deviation
+            agreeing += found.accepted
+            print(
+                f"{row.image.name} ({row.size[1]}x{row.size[0]}): {found.detections} detections, "
+                f"boxes differ by {found.box:.1e} pixels, scores by {found.score:.1e}, "
+                f"{found.unmatched} not in both; {row.torch_ms:.0f} ms in PyTorch, "
+                f"{row.exported_ms:.0f} ms here",
+                flush=True,
+            )
     except ExportedModelError as error:
         raise ExportError(str(error)) from error
-    for row in rows:
-        found = row.deviation
-        print(
-            f"{row.image.name} ({row.size[1]}x{row.size[0]}): {found.detections} detections, "
-            f"boxes differ by {found.box:.1e} pixels, scores by {found.score:.1e}, "
-            f"{found.unmatched} not in both; {row.torch_ms:.0f} ms in PyTorch, "
-            f"{row.exported_ms:.0f} ms here"
-        )
-    wrong = [row for row in rows if not row.deviation.accepted]
-    print(f"{len(rows) - len(wrong)} of {len(rows)} images agree to {TOLERANCE:g}")
-    return 1 if wrong else 0
+    print(
+        f"{agreeing} of {len(images) - skipped} images agree to {TOLERANCE:g}"
+        + (f", {skipped} skipped" if skipped else "")
+    )
+    return 0 if agreeing == len(images) else 1
 
 
 if __name__ == "__main__":

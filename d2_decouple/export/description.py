@@ -117,6 +117,6 @@ def _resize_rule(augmentations: Sequence[T.Augmentation]) -> dict[str, int] | No
         return None
     rule: Any = augmentations[0]
     lengths = {int(length) for length in rule.short_edge_length}
-    if len(lengths) != 1 or rule.interp != Image.Resampling.BILINEAR:
-        return None
+    if len(lengths) != 1 or min(lengths) < 1 or rule.interp != Image.Resampling.BILINEAR:
+        return None  # a length of 0 means, to Detectron2, that nothing is resized
     return {"short_edge": lengths.pop(), "max_size": int(rule.max_size)}

@@ -148,7 +148,7 @@ class ExportableDetector(nn.Module):
         whole = (high > low).all(-1, keepdim=True)
         seen = torch.where(whole, torch.cat((low, high), dim=-1), 0.0)
         kept = class_wise_nms(seen, of_class, rule.test_nms_thresh, floor, limit)
-        value, place = torch.where(kept, of_class, _NOTHING).flatten(1).topk(limit)
+        value, place = _padded_topk(torch.where(kept, of_class, _NOTHING).flatten(1), limit)
         count = locations.shape[1]
         label, row = place // count, place % count
         found = value > floor

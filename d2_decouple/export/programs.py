@@ -19,7 +19,7 @@ from .description import ExportError
 from .graph import ExportableDetector
 from .translations import FreeSizes, translations
 
-__all__ = ["FORMATS", "LEAST_OPSET", "export_file", "traced"]
+__all__ = ["FORMATS", "LEAST_OPSET", "check_format", "export_file", "traced"]
 
 LEAST_OPSET = 18
 _DEFORMABLE_OPSET = 19
@@ -94,6 +94,17 @@ def _size_needed(graph: ExportableDetector, error: Exception) -> str:
     )
 
 
+def check_format(kind: str, file: Path) -> None:
+    """Raise :class:`ExportError` for a kind that there is not, or a name that it cannot have."""
+    if kind not in FORMATS:
+        raise ExportError(f"--format is {kind!r}; wanted is one of {', '.join(FORMATS)}")
+    if kind == "aoti" and not str(file).endswith(".pt2"):
+        raise ExportError(
+            f"--format aoti writes a package, whose name must end in .pt2, and --output is {file}; "
+            f"type --output {file.parent / file.stem}.pt2"
+        )
+
+
 def export_file(
     graph: ExportableDetector,
     description: Mapping[str, Any],
@@ -114,11 +125,11 @@ def export_file(
         fixed_size: as in :func:`traced`.
 
     Raises:
-        ExportError: an unknown kind, an opset that is too old, packages that are missing, or an
-            operator of the model that the kind does not have.
+        ExportError: an unknown kind, a name that it cannot have, an opset that is too old or that
+            the exporter does not write, packages that are missing, or an operator of the model
+            that the kind does not have.
     """
-    if kind not in FORMATS:
-        raise ExportError(f"--format is {kind!r}; wanted is one of {', '.join(FORMATS)}")
+    check_format(kind, file)
     if opset < LEAST_OPSET:
         raise ExportError(f"--opset is {opset}; wanted is {LEAST_OPSET} or newer")
     if kind != "onnx" and graph.nms_inside:
@@ -184,6 +195,13 @@ def _write_onnx(
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model cannot be written as ONNX: {error}") from error
+    # What the exporter cannot convert to another opset it leaves as it is, without a word.
+    found = onnx_program.model.opset_imports.get("")
+    if found != opset:
+        raise ExportError(
+            f"--opset is {opset}, and PyTorch's exporter made opset {found} of it, so nothing was "
+            f"written; type --opset {found}, or install newer packages onnx and onnxscript"
+        )
     onnx_program.model.metadata_props[DESCRIPTION] = json.dumps(description)
     onnx_program.save(str(file))
 

@@ -90,11 +90,12 @@ def _demo(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         try:
             image = read_image(source)
-        except ImageFileError as error:
-            faults.append({"file_name": str(source), "error": str(error)})
-            print(f"[{number}/{len(sources)}] skipped: {error}", file=sys.stderr, flush=True)
+            found = detector(image)
+        except (ImageFileError, ExportedModelError) as error:
+            reason = str(error) if str(source) in str(error) else f"{source}: {error}"
+            faults.append({"file_name": str(source), "error": reason})
+            print(f"[{number}/{len(sources)}] skipped: {reason}", file=sys.stderr, flush=True)
             continue
-        found = detector(image)
         found = found.where(found.scores > args.score_thresh)
         names = [_class_name(label, detector.classes) for label in found.classes.tolist()]
         milliseconds = 1000 * (time.perf_counter() - start)

@@ -122,7 +122,8 @@ class ExportedDetector:
         if fixed is not None and images.shape != (1, 3, *fixed):
             raise ExportedModelError(
                 f"this file takes one image of {fixed[0]}x{fixed[1]} (HxW) at a time, got "
-                f"{images.shape}; export it without --size to have any size"
+                f"{images.shape}; give images that are resized to that, or export it without "
+                "--size, if its network can be traced for any"
             )
         names = [output.name for output in self._session.get_outputs()]
         outputs = dict(zip(names, self._session.run(None, {"image": images}), strict=True))

@@ -41,7 +41,12 @@ class ZooModel(NamedTuple):
 
 
 def get(
-    name: str, *, weights: str = "", seed: int = 1, overrides: Sequence[str] = (), device: str = ""
+    name: str,
+    *,
+    weights: str | Path = "",
+    seed: int = 1,
+    overrides: Sequence[str] = (),
+    device: str = "",
 ) -> ZooModel:
     """A recipe and its model.
 
@@ -55,20 +60,22 @@ def get(
         device: where the model is put; by default ``train.device`` of the recipe.
 
     Raises:
-        ConfigError: an unknown name or key.
+        ConfigError: an unknown name or key, or a device that is not there.
         ZooError: nothing was trained; the message says the command.
         CheckpointError: the weights cannot be had, or are of another model.
     """
     from detectron2.config import instantiate
 
     from ..checkpoint import Checkpointer
+    from ..engine.predictor import torch_device
 
-    source = str(trained_weights(name, seed=seed)) if weights == TRAINED else weights
+    source = str(trained_weights(name, seed=seed) if weights == TRAINED else weights)
     config = get_config(name, overrides)
+    place = torch_device(device or config.train.device)
     model = instantiate(config.model)
     if source:
         Checkpointer(model, complete=True).load(source)
-    return ZooModel(config, model.to(device or config.train.device).eval(), source)
+    return ZooModel(config, model.to(place).eval(), source)
 
 
 def trained_weights(name: str, *, seed: int = 1) -> Path:

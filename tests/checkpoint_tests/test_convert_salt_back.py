@@ -100,6 +100,17 @@ def test_weights_that_were_trained_here(network: Network, tmp_path: Path, capsys
     assert same(convert_salt(theirs).tensors, dict(model.state_dict()))
 
 
+def test_averaged_weights_are_taken_where_there_are_some(tmp_path: Path, capsys: Any) -> None:
+    raw = dict(official.detector(TINY).state_dict())
+    averaged = {name: x + 1 if x.is_floating_point() else x for name, x in raw.items()}
+    for ema, wanted, said in ((averaged, averaged, " (averaged)"), ({}, raw, "")):
+        file = save({"model": raw, "ema": ema, "classes": ["ant"]}, tmp_path / "model_final.pth")
+        assert main(["--back", "salt", "--force", file, str(tmp_path / "back.pth")]) == 0
+        assert f" tensors{said} converted (" in capsys.readouterr().out
+        theirs = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+        assert same(convert_salt(theirs).tensors, wanted)
+
+
 def test_as_many_numbers_as_the_weights_have(tmp_path: Path) -> None:
     """The made-up class has the type of the others."""
     weights = {name: x.half() for name, x in official.detector(TINY).state_dict().items()}

@@ -2,13 +2,18 @@
 """Files from a server on this machine: fetched once, whole, and with the hash that was wanted."""
 
 import hashlib
+import io
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import torch
 from detectron2 import model_zoo
+from torch import nn
 
+from d2_decouple.checkpoint import Checkpointer
 from d2_decouple.checkpoint import download as module
 from d2_decouple.checkpoint.download import Address, download, parse_address
 from d2_decouple.checkpoint.errors import CheckpointError, DamagedCheckpointError
@@ -92,6 +97,75 @@ def test_the_hash_in_a_files_name_is_a_pin(server, tmp_path):
     server.files[f"/net-{SHA[:8]}.pth"] = CONTENT
     assert download(f"{server.url}/net-{SHA[:8]}.pth").read_bytes() == CONTENT
     assert left(tmp_path) == [f"net-{SHA[:8]}.pth", f"net-{SHA[:8]}.pth.sha256"]
+
+
+@pytest.mark.parametrize("path", ["/a.pth?token=1", "/a.pth?"])
+def test_a_query_does_not_skip_the_pin(server, tmp_path, path):
+    server.files[path] = CONTENT
+    with pytest.raises(DamagedCheckpointError, match=f"wanted is {PIN}"):
+        local_file(f"{server.url}{path}#sha256={PIN}")
+    assert left(tmp_path) == []
+    file = local_file(f"{server.url}{path}#sha256={SHA}")
+    assert server.asked == [path] * 2
+    with open(file, "ab") as kept:
+        kept.write(b"!")
+    with pytest.raises(DamagedCheckpointError, match=r"\.sha256 says"):
+        local_file(server.url + path)
+
+
+def test_each_query_has_a_file_below_its_host(server, tmp_path):
+    names = ["/c/m.safetensors", "/c/m.safetensors?download=true", "/c/m.safetensors?v=../2"]
+    for name in names:
+        server.files[name] = name.encode()
+    files = [Path(local_file(server.url + name)) for name in names * 2]
+    assert [file.read_text() for file in files] == names * 2
+    assert server.asked == names
+    assert {file.parent for file in files} == {
+        tmp_path / "cache" / f"127.0.0.1_{server.server_port}" / "c"
+    }
+    assert {file.suffix for file in files} == {".safetensors"}
+    assert len({file.name for file in files}) == 3
+    assert all((file.parent / f"{file.name}.sha256").is_file() for file in files)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+
+
+def test_detectron2s_heuristics_are_no_part_of_the_address(server, tmp_path):
+    weights = nn.Linear(2, 2).state_dict()
+    content = io.BytesIO()
+    torch.save({f"layer.{name}": x for name, x in weights.items()}, content)
+    server.files["/a.pth"] = server.files["/a.pth?token=1"] = content.getvalue()
+    pin = f"#sha256={hashlib.sha256(content.getvalue()).hexdigest()}"
+    parameter = "matching_heuristics=True"
+    (tmp_path / "mine.pth").write_bytes(content.getvalue())
+    for source in (
+        f"{server.url}/a.pth?{parameter}{pin}",
+        f"{server.url}/a.pth?token=1&{parameter}{pin}",
+        f"{tmp_path / 'mine.pth'}?{parameter}",
+    ):
+        model = Net()
+        Checkpointer(model, complete=True).load(source)
+        assert torch.equal(model.net["layer"].weight, weights["weight"])
+    assert server.asked == ["/a.pth", "/a.pth?token=1"]
+    for source in ("/a.pth?token=1", "/a.pth?matching_heuristics=False"):
+        with pytest.raises(CheckpointError, match="none of the 2 tensors"):
+            Checkpointer(Net()).load(server.url + source)
+    assert server.asked == ["/a.pth", "/a.pth?token=1"]
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*mine\.pth\?x=1; set"):
+        Checkpointer(Net()).load(f"{tmp_path / 'mine.pth'}?x=1")
+
+
+def test_a_path_may_be_a_path(tmp_path):
+    model = nn.Linear(2, 2)
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    for method in ("load", "resume_or_load"):
+        other = nn.Linear(2, 2)
+        getattr(Checkpointer(other), method)(tmp_path / "a.pth")
+        assert torch.equal(other.weight, model.weight)
 
 
 def test_a_file_that_changed_later_is_not_used(server):
@@ -207,6 +281,8 @@ def test_two_threads_fetch_a_file_once(server, monkeypatch):
         ("https://h/r18-f37072fd.pth", Address("https://h/r18-f37072fd.pth", "f37072fd")),
         ("https://h/r18-f37072fd.pth#sha256=" + PIN, Address("https://h/r18-f37072fd.pth", PIN)),
         ("https://h/r18-20200130.pth", Address("https://h/r18-20200130.pth")),  # a date
+        ("https://h/checkpoint-00090000.pth", Address("https://h/checkpoint-00090000.pth")),
+        ("https://h/a.pth?b=1#sha256=12345678", Address("https://h/a.pth?b=1", "12345678")),
         ("https://h/model_final_5bd44e.pkl", Address("https://h/model_final_5bd44e.pkl")),
     ],
 )

@@ -33,7 +33,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", ["weights.pth", "/a/b.pkl", "", "https://host/x.pth?dl=1", "runs/a.pth"]
+    "path", ["weights.pth", "/a/b.pkl", "", "s3://host/x.pth?dl=1", "/a.pth?x=1", "runs/a.pth"]
 )
 def test_paths_and_queries_stay(path):
     assert local_file(path) == path
@@ -114,6 +114,17 @@ def test_detectron2s_catalogue(monkeypatch, tmp_path):
         local_file("detectron2://ImageNetPretrained/MSRA/R50.pkl")
     with pytest.raises(CheckpointError, match=r"R-50\.pkl could not be fetched"):
         local_file(known)
+
+
+def test_a_query_behind_detectron2s_names_is_fetched_like_any_other(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(sources, "download", lambda url, called: asked.append(url) or tmp_path)
+    name, pin = "ImageNetPretrained/a.pkl", "#sha256=01234567"
+    found = local_file(f"detectron2://{name}?x=1&matching_heuristics=True{pin}")
+    assert found == f"{tmp_path}?matching_heuristics=True"
+    assert asked == [f"https://dl.fbaipublicfiles.com/detectron2/{name}?x=1{pin}"]
+    with pytest.raises(CheckpointError, match=r"HTTPS://h/a\.pth\?x=1 is no name .* https://"):
+        local_file("HTTPS://h/a.pth?x=1")
 
 
 def test_detectron2s_catalogue_without_a_network(hub, monkeypatch, tmp_path):

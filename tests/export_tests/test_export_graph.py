@@ -2,6 +2,7 @@
 """What is exported is the model: its boxes, its scores, and its selection among them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,24 @@ def test_an_inverted_box_neither_drops_nor_is_dropped():
     assert label[0, :4].tolist() == [0, 0, 0, -1]
 
 
+def test_fewer_candidates_than_detections_are_filled_up():
+    graph = exportable(excited("fcos_R_18_FPN_bccd"), nms_inside=True)
+    graph.selection = copy.copy(graph.selection)
+    graph.selection.candidates = replace(graph.selection.candidates, test_topk_candidates=2)
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 30, 30]]])
+    scores = torch.tensor([[[0.5, 0, 0], [0, 0.7, 0]]])
+    found, value, label, count = graph._detections(boxes, scores, (2,))
+    limit = graph.selection.max_detections_per_image
+    assert found.shape == (1, limit, 4)
+    assert limit > 2 * 3  # pairs of what was picked and a class
+    torch.testing.assert_close(found[0, :2], boxes[0].flip(0))
+    assert value[0, :2].tolist() == pytest.approx([0.7, 0.5])
+    assert label[0, :3].tolist() == [1, 0, -1]
+    assert count.tolist() == [2]
+    assert not found[0, 2:].any()
+    assert not value[0, 2:].any()
+
+
 def test_what_cannot_be_exported_says_why_and_what_can():
     with pytest.raises(ExportError, match=r"GeneralizedRCNN cannot be .* number of them.*one-st"):
         check_exportable(tiny_model("decoupled_rcnn_R_18_FPN_bccd"))
@@ -169,9 +188,14 @@ def test_ways_of_exporting_that_do_not_exist(tmp_path, monkeypatch):
         ({"opset": 17}, "--opset is 17; wanted is 18 or newer"),
         ({"kind": "aoti"}, "--format aoti has no suppression inside.*--nms outside"),
     ):
+        name = "a.pt2" if options.get("kind") == "aoti" else "a.onnx"
         with pytest.raises(ExportError, match=message):
-            export_file(graph, {}, tmp_path / "a.onnx", **options)
+            export_file(graph, {}, tmp_path / name, **options)
     graph.nms_inside = False
+    with pytest.raises(
+        ExportError, match=r"must end in \.pt2, .*a\.onnx; type --output .*/a\.pt2$"
+    ):
+        export_file(graph, {}, tmp_path / "a.onnx", kind="aoti")
     graph.backbone = tiny_model("sapd_R_18_FPN_bccd").backbone
     for kind in ("aoti", "torch-export"):
         with pytest.raises(ExportError, match=f"--format {kind} has no pooling.*type --size H W"):
@@ -214,6 +238,7 @@ def test_the_description_says_how_to_run_it():
     [
         [],
         [T.ResizeShortestEdge([240, 320], 400)],
+        [T.ResizeShortestEdge(0, 400)],  # Detectron2 then leaves the size
         [T.ResizeShortestEdge(240, 400), T.RandomFlip()],
         [T.ResizeShortestEdge(240, 400, interp=Image.Resampling.NEAREST)],
         [LegacyResizeShortestEdge(short_edge_length=240, max_size=400)],

@@ -17,15 +17,16 @@ from util import TORCH, environment, excite, tiny_model
 
 from d2_decouple import demo
 from d2_decouple.engine.predictor import Predictor
-from d2_decouple.export import exportable
-from d2_decouple.export.__main__ import main
-from d2_decouple.export.description import describe
+from d2_decouple.export import exportable, verify
+from d2_decouple.export.__main__ import _verify, main
+from d2_decouple.export.description import ExportError, describe
 from d2_decouple.export.graph import class_wise_nms
 from d2_decouple.export.programs import export_file
 from d2_decouple.export.translations import FreeSizes, translations
-from d2_decouple.export.verify import deviation
+from d2_decouple.export.verify import compare, deviation
 from d2_decouple.layers.point_gather import deformable_point_gather, dynamic_point_gather
 from d2_decouple.runtime import Detections, ExportedDetector, ExportedModelError
+from d2_decouple.runtime.images import read_image
 
 if TORCH < (2, 10):
     pytest.skip("the export needs torch 2.10 or newer", allow_module_level=True)
@@ -182,9 +183,65 @@ def test_the_command_writes_a_file_and_compares_it(exported, capsys):
         (["--output", str(folder / "new"), "--overwrite"], "type another name\n"),
         (["--output", "a.onnx", "--verify", "nowhere"], "--verify nowhere: no image lies dire"),
         (["--output", "a.pt2", "--format", "aoti", "--verify", "."], "--verify runs ONNX files"),
+        (["--output", "a.b", "--format", "onx", "--verify", "."], "--format is 'onx'; wanted is"),
     ):
         assert main([*arguments, *options]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [("0", "0"), ("-5", "100"), ("64", "x")])
+def test_sizes_that_no_image_has(size, capsys):
+    required = ["--config-file", RECIPE, "--weights", "a.pth", "--output", "a.onnx"]
+    with pytest.raises(SystemExit):
+        main([*required, "--size", *size])
+    wrong = next(side for side in size if side not in ("64", "100"))
+    assert f"got '{wrong}', wanted are whole numbers from 1 on" in capsys.readouterr().err
+
+
+def test_the_name_is_checked_before_anything_is_read(capsys):
+    required = ["--config-file", "none", "--weights", "none", "--format", "aoti"]
+    assert main([*required, "--output", "runs/a.onnx"]) == 1
+    assert "--output is runs/a.onnx; type --output runs/a.pt2\n" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_is_skipped_and_counted(
+    exported, tmp_path, capsys, monkeypatch
+):
+    folder, files, _ = exported
+    (tmp_path / "images").mkdir()
+    for file in (folder / "images").iterdir():
+        (tmp_path / "images" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "images" / "A.png").write_text("no image")
+    predictor = Predictor.from_config(*files, device="cpu", channels="RGB")
+    images = sorted((tmp_path / "images").iterdir())
+    assert _verify(predictor, folder / "new" / "model.onnx", images) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("skipped: ")
+    assert "A.png" in captured.err
+    assert captured.out.count(" detections, boxes differ by ") == 2
+    assert captured.out.endswith("2 of 2 images agree to 0.001, 1 skipped\n")
+    assert _verify(predictor, folder / "new" / "model.onnx", images[1:]) == 0
+    capsys.readouterr()
+
+    def refuses_the_last(predictor, detector, files):
+        assert f"{images[1].name} (" in capsys.readouterr().out or files == images[1:2]  # when made
+        if images[-1] in files:
+            raise ExportedModelError("of another size")
+        return compare(predictor, detector, files)
+
+    monkeypatch.setattr(verify, "compare", refuses_the_last)
+    assert _verify(predictor, folder / "new" / "model.onnx", images[1:]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"skipped: {images[-1]}: of another size\n"
+    assert captured.out == "1 of 1 images agree to 0.001, 1 skipped\n"
+
+
+def test_an_opset_that_the_exporter_cannot_write(tmp_path):
+    model = tiny_model(RECIPE).eval()
+    graph = exportable(model, nms_inside=False)
+    with pytest.raises(ExportError, match=r"--opset is 99, .* made opset 18 of it.*--opset 18"):
+        export_file(graph, {}, tmp_path / "a.onnx", opset=99, fixed_size=(64, 64))
+    assert list(tmp_path.iterdir()) == []
 
 
 def run_blocked(folder, *arguments):
@@ -252,6 +309,25 @@ def test_the_demo_skips_what_it_cannot_read_and_keeps_inputs(exported, tmp_path,
         assert demo.main(arguments) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_images_of_another_size_than_the_files_are_skipped(exported, tmp_path, capsys):
+    """One that stands upright among those that lie does not end it."""
+    import onnx
+
+    lying, upright = sorted((exported[0] / "images").iterdir())
+    first = ExportedDetector(exported[0] / "new" / "model.onnx")
+    model = onnx.load(exported[0] / "new" / "model.onnx")
+    (entry,) = (x for x in model.metadata_props if x.key == "d2_decouple")
+    size = first.prepared(read_image(lying)).shape[-2:]
+    entry.value = json.dumps({**first.description, "fixed_size": list(size)})
+    onnx.save(model, tmp_path / "one.onnx")
+    inputs = ["--input", str(upright), str(lying), "--output", str(tmp_path / "out"), "--json"]
+    assert demo.main(["--model", str(tmp_path / "one.onnx"), *inputs]) == 1
+    assert f"skipped: {upright}: this file takes one image of" in capsys.readouterr().err
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [x["file_name"] for x in content["images"]] == [str(lying)]
+    assert [x["file_name"] for x in content["skipped"]] == [str(upright)]
 
 
 def test_files_that_cannot_be_run_say_why(exported, tmp_path, monkeypatch):
