@@ -132,7 +132,19 @@ def test_a_killed_process_ends_the_others_with_its_last_words(tmp_path):
     assert faults.check_whole(tmp_path / "out", 2) >= 2
 
 
-def in_one_of_two(rank, port, failure, folder):
+def said_by_two(target, folder, *args, start="spawn"):
+    """What two processes, each ``target(rank, port, folder, ...)``, write into their files."""
+    context, port = multiprocessing.get_context(start), faults.free_port()
+    runs = [context.Process(target=target, args=(rank, port, folder, *args)) for rank in (0, 1)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+        run.kill()
+    return [(folder / f"{rank}.txt").read_text() for rank in (0, 1)]
+
+
+def in_one_of_two(rank, port, folder, failure):
     os.environ.update(tiny_runs.rank_of(rank, 2, port))
     torch.set_num_threads(1)
     said = "nothing"
@@ -184,36 +196,15 @@ def buffers_of_one_of_two(rank, port, folder):
 
 
 def test_what_is_evaluated_has_the_statistics_that_are_saved(tmp_path):
-    context, port = multiprocessing.get_context("spawn"), faults.free_port()
-    runs = [
-        context.Process(target=buffers_of_one_of_two, args=(rank, port, tmp_path))
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(120)
-        run.kill()
-    for rank in (0, 1):
-        assert (tmp_path / f"{rank}.txt").read_text() == "[1.0, 1.0, 1.0]"
+    assert said_by_two(buffers_of_one_of_two, tmp_path) == ["[1.0, 1.0, 1.0]"] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize("stopped", [False, True])
 def test_threads_of_the_group_end_with_it(stopped, tmp_path):
     """One that outlives it may abort the process when the interpreter ends."""
-    context, port = multiprocessing.get_context("spawn"), faults.free_port()
-    runs = [
-        context.Process(target=threads_of_the_group, args=(rank, port, tmp_path, stopped))
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(120)
-        run.kill()
-    for rank in (0, 1):
-        before, inside, after = map(int, (tmp_path / f"{rank}.txt").read_text().split())
+    for said in said_by_two(threads_of_the_group, tmp_path, stopped):
+        before, inside, after = map(int, said.split())
         assert before <= after < inside
 
 
@@ -226,18 +217,7 @@ def test_threads_of_the_group_end_with_it(stopped, tmp_path):
     ],
 )
 def test_what_one_process_dies_of_is_what_the_others_say(failure, words, tmp_path):
-    context = multiprocessing.get_context("fork")
-    port = faults.free_port()
-    runs = [
-        context.Process(target=in_one_of_two, args=(rank, port, failure, tmp_path))
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(60)
-        run.kill()
-    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    first, second = said_by_two(in_one_of_two, tmp_path, failure, start="fork")
     assert first.startswith(LostProcessError.__name__)
     assert re.search(words, first)
     assert second == f"{type(failure).__name__}: {failure}"
