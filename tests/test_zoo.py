@@ -434,6 +434,15 @@ def test_a_damaged_config_beside_weights_is_passed_over(nothing_trained, caplog)
     assert caplog.text.count("config.yaml is passed over, it cannot be read") == 2
 
 
+def test_of_a_file_of_ones_own_nothing_is_known(tmp_path, capsys):
+    own = tmp_path / f"{SMALL}.py"
+    own.write_text("model = None\n")
+    with pytest.raises(ZooError, match=rf"{SMALL}\.py is no recipe of this package"):
+        entry(str(own))
+    assert main(["show", str(own)]) == 1
+    assert "so nothing is known of its training" in capsys.readouterr().err
+
+
 def test_a_file_of_ones_own_has_no_trained_weights(nothing_trained):
     """Even if it has a recipe's name: its model may be another one of the same shapes."""
     own = nothing_trained / f"{SMALL}.py"

@@ -34,6 +34,7 @@ from .records import (
     contained,
     existing_folder,
     keep_inside,
+    missing_files,
     refuse_duplicates,
     register_source,
     require_images,
@@ -134,8 +135,10 @@ class VOCSource:
                 )
             MetadataCatalog.get(self.name).set(thing_classes=list(classes))
         ids = {name: index for index, name in enumerate(classes)}
-        load = partial(_load_image, folder, _image_folders(folder), _home(folder), ids)
+        places = _image_folders(folder)
+        load = partial(_load_image, folder, places, _home(folder), ids)
         records = [load(image_id) for image_id in self.image_ids()]
+        _find_other_suffixes(records, places)
         require_images(records, self._what())
         return records
 
@@ -301,6 +304,18 @@ def _find_image(places: Sequence[Path], home: Path, image_id: str, filename: str
             if (place / name).is_file():
                 return str(place / name)
     return str(home / likely)
+
+
+def _find_other_suffixes(records: Sequence[dict[str, Any]], places: Sequence[Path]) -> None:
+    """Give records whose image is missing another file of its name: ``a.Jpg``, ``a.gif``."""
+    missing = set(missing_files([record["file_name"] for record in records]))
+    if not missing:
+        return
+    files = (file for place in reversed(places) for file in place.iterdir())
+    found = {x.stem: str(x) for x in files if x.suffix.lower() in (*IMAGE_SUFFIXES, ".gif")}
+    for record in records:
+        if record["file_name"] in missing:
+            record["file_name"] = found.get(record["image_id"], record["file_name"])
 
 
 def _name(item: ET.Element, file: Path) -> str:

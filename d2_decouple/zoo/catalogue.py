@@ -7,7 +7,6 @@ has neither documents nor results.
 """
 
 import json
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,17 @@ from typing import Any, NamedTuple
 
 from ..config import config_names, find_config, nearest
 
-__all__ = ["TABLE", "Costs", "Entry", "Measured", "ZooError", "entries", "entry", "read_table"]
+__all__ = [
+    "TABLE",
+    "Costs",
+    "Entry",
+    "Measured",
+    "ZooError",
+    "entries",
+    "entry",
+    "read_table",
+    "shipped",
+]
 
 TABLE = Path(__file__).with_name("table.json")
 
@@ -102,7 +111,7 @@ def entries(*, pattern: str = "*", method: str = "", data: str = "") -> list[Ent
     """
     if not set(pattern) & set("*?["):
         pattern = f"*{pattern}*"
-    everything = [entry(name) for name in config_names()]
+    everything = [_known(find_config(name)) for name in config_names()]
     found = [
         item
         for item in everything
@@ -124,12 +133,25 @@ def entry(name: str) -> Entry:
 
     Raises:
         ConfigError: there is no such recipe; the message names the nearest.
+        ZooError: a file of one's own, whose name may be a recipe's all the same.
     """
+    return _known(shipped(name))
+
+
+def shipped(name: str) -> Path:
+    """The file of a recipe of this package; raises as :func:`entry`."""
     file = find_config(name)
-    return _made(file.stem, file, read_table().get(file.stem, {}))
+    if file.stem not in config_names() or find_config(file.stem).resolve() != file.resolve():
+        raise ZooError(
+            f"{file} is no recipe of this package, so nothing is known of its training; give its "
+            "weights as a file or an address"
+        )
+    return file
 
 
-def _made(name: str, file: Path, known: Mapping[str, Any]) -> Entry:
+def _known(file: Path) -> Entry:
+    name = file.stem
+    known = read_table().get(name, {})
     costs = known.get("costs")
     return Entry(
         name=name,

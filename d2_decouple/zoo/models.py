@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yaml import YAMLError
 
-from ..config import config_names, find_config, get_config, text_override
-from .catalogue import ZooError, train_command
+from ..config import find_config, get_config, text_override
+from .catalogue import ZooError, shipped, train_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,13 +179,7 @@ def _source(name: str) -> str:
     """
     from ..evaluation.small_data import ROWS
 
-    file = find_config(name)
-    stem = file.stem
-    if stem not in config_names() or find_config(stem).resolve() != file.resolve():
-        raise ZooError(
-            f"{file} is no recipe of this package, so nothing is known of its training; give its "
-            "weights as a file or an address"
-        )
+    stem = shipped(name).stem
     return next((row.weights for row in ROWS if row.recipe == stem and row.weights), stem)
 
 

@@ -37,6 +37,14 @@ def test_split_lists_with_a_second_column(voc):
     assert [record["image_id"] for record in load_voc(voc, "dog_train", CLASSES)] == ["a", "b"]
 
 
+def test_suffixes_in_any_spelling(voc):
+    images = voc / "JPEGImages"
+    (images / "a.jpg").rename(images / "a.Jpg")
+    (images / "b.png").rename(images / "b.gif")
+    files = [record["file_name"] for record in load_voc(voc, "train", CLASSES)]
+    assert files == [str(images / "a.Jpg"), str(images / "b.gif")]
+
+
 def test_an_id_may_end_like_a_second_column(voc):
     for place, end in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
         (voc / place / f"a{end}").rename(voc / place / f"a 1{end}")
