@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "YACS_VALUES",
     "ConfigError",
     "add_decouple_config",
     "apply_overrides",
@@ -293,7 +294,7 @@ def add_decouple_config(cfg: Any) -> None:
     cfg.MODEL.DECOUPLE.OVERRIDES = []
 
 
-_YACS_VALUES = {  # of a one-stage model, and of a two-stage one
+YACS_VALUES = {
     "NUM_CLASSES": ("model.num_classes", "model.roi_heads.num_classes"),
     "SCORE_THRESH_TEST": (
         "model.selection.candidates.test_score_thresh",
@@ -304,6 +305,7 @@ _YACS_VALUES = {  # of a one-stage model, and of a two-stage one
         "model.roi_heads.selection.nms.test_nms_thresh",
     ),
 }
+"""What a key of ``MODEL.DECOUPLE`` replaces in a one-stage recipe, and in a two-stage one."""
 
 
 def instantiate_parts(
@@ -374,7 +376,7 @@ def door_recipe(cfg: Any) -> Any:
         )
     recipe = get_config(door.MODEL_FILE)
     two_stages = "roi_heads" in recipe.model
-    values = {keys[two_stages]: door[name] for name, keys in _YACS_VALUES.items()}
+    values = {keys[two_stages]: door[name] for name, keys in YACS_VALUES.items()}
     overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
     recipe = apply_overrides(recipe, [*overrides, *door.OVERRIDES])
     # Slots may depend on the length of the training, which is the yacs config's to say.

@@ -26,7 +26,7 @@ from .inspection import ImageLike, Inspection
 from .looks import ordinary
 from .resizing import resized, stretched
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "torch_device"]
 
 _logger = logging.getLogger(__name__)
 _PRECISIONS = {

@@ -7,15 +7,10 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from omegaconf import OmegaConf
 
-from ..config import ConfigError
+from ..config import YACS_VALUES, ConfigError
 from ..modeling import DecoupledROIHeads, OneStageDetector
 
 __all__ = ["refuse_unread"]
-
-_THRESHOLDS = {  # by name, in the node of the selection
-    "SCORE_THRESH_TEST": ("candidates.test_score_thresh", "test_score_thresh"),
-    "NMS_THRESH_TEST": ("nms.test_nms_thresh", "nms.test_nms_thresh"),
-}
 
 
 def refuse_unread(cfg: CfgNode, model: Any) -> None:
@@ -32,26 +27,22 @@ def refuse_unread(cfg: CfgNode, model: Any) -> None:
     one_stage = OneStageDetector.__name__ == cfg.MODEL.META_ARCHITECTURE
     if not one_stage and DecoupledROIHeads.__name__ != cfg.MODEL.ROI_HEADS.NAME:
         return
-    selection = "selection." if one_stage else "roi_heads.selection."
-    for name, keys in _THRESHOLDS.items():
-        key = selection + keys[not one_stage]
+    read = []  # a key of yacs, what the model reads in its place, and what to type
+    for name in ("SCORE_THRESH_TEST", "NMS_THRESH_TEST"):
         if cfg.MODEL.DECOUPLE[name] is None:
-            wanted = f"MODEL.DECOUPLE.{name} {{}}"
-            _compare(cfg, f"MODEL.RETINANET.{name}", model, key, wanted)
-            _compare(cfg, f"MODEL.ROI_HEADS.{name}", model, key, wanted)
-    limit = f"{selection}max_detections_per_image"
-    wanted = f"MODEL.DECOUPLE.OVERRIDES \"['model.{limit}={{}}']\""
-    _compare(cfg, "TEST.DETECTIONS_PER_IMAGE", model, limit, wanted)
-
-
-def _compare(cfg: CfgNode, key: str, model: Any, model_key: str, wanted: str) -> None:
-    if any(
-        text.lstrip("+").startswith(f"model.{model_key}=") for text in cfg.MODEL.DECOUPLE.OVERRIDES
-    ):
-        return
-    value, default = (functools.reduce(getattr, key.split("."), x) for x in (cfg, get_cfg()))
-    if value not in (default, OmegaConf.select(model, model_key)):
-        raise ConfigError(
-            f"{key} is {value}, but the model is the recipe {cfg.MODEL.DECOUPLE.MODEL_FILE}, "
-            f"which does not read it: type {wanted.format(value)}"
-        )
+            key, wanted = YACS_VALUES[name][not one_stage], f"MODEL.DECOUPLE.{name} {{}}"
+            read += [(f"MODEL.{node}.{name}", key, wanted) for node in ("RETINANET", "ROI_HEADS")]
+    part = "model" if one_stage else "model.roi_heads"
+    limit = f"{part}.selection.max_detections_per_image"
+    wanted = f"MODEL.DECOUPLE.OVERRIDES \"['{limit}={{}}']\""
+    read.append(("TEST.DETECTIONS_PER_IMAGE", limit, wanted))
+    typed = {text.lstrip("+").partition("=")[0] for text in cfg.MODEL.DECOUPLE.OVERRIDES}
+    defaults = get_cfg()
+    for key, model_key, wanted in read:
+        value, default = (functools.reduce(getattr, key.split("."), x) for x in (cfg, defaults))
+        known = (default, OmegaConf.select(model, model_key.removeprefix("model.")))
+        if value not in known and model_key not in typed:
+            raise ConfigError(
+                f"{key} is {value}, but the model is the recipe {cfg.MODEL.DECOUPLE.MODEL_FILE}, "
+                f"which does not read it: type {wanted.format(value)}"
+            )
